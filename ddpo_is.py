@@ -65,9 +65,9 @@ class Args:
     model: str = "auto"
     """diffusers text-to-image folder or hub name; auto: CompVis/stable-diffusion-v1-4 on a GPU, else models/emoji"""
     lora_rank: int | None = None
-    """rank of LoRA on the attention layers, 0 = full fine-tuning; unset: 4 for UNets of 50 M parameters and more, else 0"""
+    """LoRA rank on the attention layers, 0 = full fine-tuning; unset: 4 for UNets of 50 M parameters and more, else 0"""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """of the UNet's forward and backward; auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16. Weights stay fp32"""
+    """of the UNet; auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16. Trained weights and log-probs stay fp32"""
     compile: bool = False
     """torch.compile the UNet"""
     gradient_checkpointing: bool = False
@@ -146,7 +146,7 @@ def ddpm_step(noise_pred, latents, step, schedule, noise=None, next_latents=None
 
 @torch.no_grad()
 def sample_trajectories(unet, embeds, noise, schedule, args):
-    """Run the policy (lines 9-19). embeds (2, N, L, D), noise (N, T + 1, C, H, W): the initial latent, then each step's.
+    """Run the policy (lines 9-19). embeds (2, N, L, D), noise (N, T + 1, C, H, W): first the initial latent's.
 
     Returns latents (N, T + 1, C, H, W) float32, x_T first and x_0 last, and log_probs (N, T)."""
     runs = []
@@ -176,10 +176,17 @@ def decode(vae, latents):
     return ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 def make_generator(*key):
-    """Generator for a key (seed, iteration, sample, purpose); on the CPU, so that every device gets the same numbers."""
+    """Generator for a key (seed, iteration, sample, purpose); on the CPU, for the same numbers on every device."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 # ---- algorithm ----
+
+def compute_rewards(score, images, prompts):
+    """score's rewards (N,) and their parts; what is wrong with a reward ends the run with one line."""
+    try:
+        return score(images, prompts)
+    except ValueError as error:
+        fail(error)
 
 def compute_advantages(rewards, prompts, history, adv_clip):
     """Normalise by the prompt's last 16 rewards once there are 16, by the batch until then (DDPO's tracker).
@@ -275,7 +282,7 @@ def evaluate(pipe, run, iteration, prompts, score, alignment, cache, schedule, s
     save_images(run / f"images/{iteration:04d}.png", images, 2)
     first, second = np.split(images / 255, 2)
     diversity = np.sqrt(((first - second) ** 2).mean((1, 2, 3))).mean()
-    metrics = {"eval_reward": score(images, few)[0].mean(), "eval_diversity": diversity}
+    metrics = {"eval_reward": compute_rewards(score, images, few)[0].mean(), "eval_diversity": diversity}
     return metrics | ({"eval_align": np.mean(alignment(images, few))} if alignment else {})
 
 # ---- start ----
@@ -296,10 +303,11 @@ def resolve(args):
     """Check the arguments and settle those that depend on machine and model, in place; no weights are loaded yet.
 
     Returns the scheduler and the shape of a latent, (C, H, W). Raises ValueError, or diffusers' OSError."""
-    wrong = [n for n in ("lr", "iterations", "num_samples", "num_steps", "num_updates", "save_every") if not getattr(args, n) > 0]
-    wrong += [n for n in ("seed", "micro_batch", "lora_rank") if (getattr(args, n) or 0) < 0]
-    if wrong:
-        raise ValueError(f"--{wrong[0].replace('_', '-')} {getattr(args, wrong[0])}: must be greater than 0")
+    for name in ("lr", "iterations", "num_samples", "num_steps", "num_updates", "save_every", "clip_range", "adv_clip"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
+    if min(args.seed, args.micro_batch, args.lora_rank or 0) < 0:
+        raise ValueError(f"--seed {args.seed}, --micro-batch or --lora-rank: must not be negative")
     if args.num_samples % args.num_updates:
         raise ValueError(f"--num-samples {args.num_samples}: not {args.num_updates} equal shares (--num-updates)")
     if args.device == "auto":
@@ -307,7 +315,7 @@ def resolve(args):
     torch.zeros(1, device=args.device)  # RuntimeError for a device that is not there
     on_gpu, why = args.device.startswith("cuda"), "as asked"
     if args.model == "auto":
-        args.model, why = str(HERE / "models/emoji"), "no GPU: Stable Diffusion would take hours an iteration"
+        args.model, why = os.path.relpath(HERE / "models/emoji"), "no GPU: Stable Diffusion would take hours an iteration"
         if on_gpu:
             args.model, why = "CompVis/stable-diffusion-v1-4", "there is a GPU"
     if args.precision == "auto":
@@ -329,8 +337,9 @@ def resolve(args):
     args.micro_batch = args.micro_batch or max(1, min(64, 2**17 // int(np.prod(shape))))  # 8 for Stable Diffusion
     trained = f"LoRA rank {args.lora_rank} on attention" if args.lora_rank else "full fine-tuning"
     print(f"{args.model} on {args.device} in {args.precision} ({why}); UNet of {size / 1e6:.1f} M, {trained}")
-    share, pairs = args.num_samples // args.num_updates, args.num_samples * args.num_steps // args.num_updates
-    print(f"{args.num_samples} samples = {share} x {args.num_updates} updates; {args.num_steps} steps; {pairs} pairs an update in microbatches of {args.micro_batch}")
+    samples, steps, updates = args.num_samples, args.num_steps, args.num_updates
+    print(f"{samples} samples = {samples // updates} x {updates} updates; {steps} steps; ", end="")
+    print(f"{samples // updates * steps} pairs an update in microbatches of {args.micro_batch}")
     return scheduler, shape
 
 def open_run(args, script):
@@ -365,8 +374,8 @@ def load_model(args):
     unet, rank = pipe.to(args.device).unet.requires_grad_(not args.lora_rank), args.lora_rank
     if rank:
         torch.manual_seed(args.seed)
-        lora = {"lora_alpha": rank, "init_lora_weights": "gaussian"}
-        unet.to(dtype).add_adapter(LoraConfig(rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"], **lora))
+        lora = {"r": rank, "lora_alpha": rank, "init_lora_weights": "gaussian"}
+        unet.to(dtype).add_adapter(LoraConfig(**lora, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     params = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     for p in params.values():
         p.data = p.data.float()
@@ -424,8 +433,8 @@ def main(args):
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda *_: stop.append(True))
     done = state["iteration"]
-    bar = tqdm(range(done + 1, args.iterations + 1), script, args.iterations, initial=done, disable=not sys.stderr.isatty())
-    for iteration in bar:
+    bar = tqdm(total=args.iterations, initial=done, desc=script, disable=not sys.stderr.isatty())
+    for iteration in range(done + 1, args.iterations + 1):
         # ---- sample ----
         clock = [time.time()]
         generators = [make_generator(args.seed, iteration, i, 0) for i in range(args.num_samples)]
@@ -437,10 +446,7 @@ def main(args):
         clock.append(time.time())
 
         # ---- reward ----
-        try:
-            rewards, parts = score(images, batch_prompts)
-        except ValueError as error:
-            fail(error)
+        rewards, parts = compute_rewards(score, images, batch_prompts)
         clock.append(time.time())
 
         # ---- train ----
@@ -498,10 +504,11 @@ def main(args):
             wandb.log(row, step=iteration)
         line = f"reward {row['reward_mean']:.3f} +- {row['reward_std']:.3f}, {clock[-1] - clock[0]:.1f} s"
         bar.set_postfix_str(line)
+        bar.update()
         if bar.disable:
             left = (time.time() - clock[0]) * (args.iterations - iteration) / 60
             print(f"iteration {iteration}/{args.iterations}: {line}, {left:.0f} min left", flush=True)
-        if stop:
+        if last:  # not `stop`, which may have come after the saving
             break
     return finish(run, rows, args)
 

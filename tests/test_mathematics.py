@@ -188,7 +188,7 @@ def test_advantages_use_the_batch_and_then_the_prompts_own_history():
     batch = np.array([20.0, 5.0])
     expected = [(20 - window.mean()) / (window.std() + 1e-6), (5 - batch.mean()) / (batch.std() + 1e-6)]
     np.testing.assert_allclose(second, expected)
-    assert ddpo_is.compute_advantages([0.0] * 99 + [1.0], ["a"] * 100, {}, 5.0).max() == 5.0
+    assert ddpo_is.compute_advantages([0.0] * 99 + [1.0], [str(i) for i in range(100)], {}, 5.0).max() == 5.0
 
 
 def test_a_constant_reward_has_no_advantage():

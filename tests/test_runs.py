@@ -230,7 +230,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny_sd, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lora_trains_in_half_precision_with_float32_weights(tiny_sd, tmp_path, precision):
-    folder = run(tmp_path, tiny_sd, lora_rank=4, precision=precision, lr=1e-2, num_steps=3)
+    folder = run(tmp_path, tiny_sd, lora_rank=4, precision=precision, lr=1e-2, num_steps=2, iterations=1)
     saved = weights(folder)
     assert all(v.dtype == torch.float32 for k, v in saved.items() if k.startswith("param."))
     assert any(v.abs().max() > 0 for k, v in saved.items() if "lora_B" in k)  # B starts at 0
@@ -268,7 +268,7 @@ def test_every_flag_has_help():
 def refused(capsys, tmp_path, **changes):
     """What the one line on stderr says; nothing else happened: no run folder, no traceback, exit code 2."""
     with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "runs", changes.pop("model"), **changes)
+        run(changes.pop("out", tmp_path / "runs"), changes.pop("model"), **changes)
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and lines[-1].startswith("error: ")
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
