@@ -15,7 +15,8 @@ log_prob is the *mean* over the latent's dimensions: Table 1's clip range of 1e-
 over 16,384 dimensions overflows exp).
 """
 
-import csv, json, os, re, resource, shlex, shutil, signal, subprocess, sys, time
+import csv, json, os, re, shlex, shutil, signal, subprocess, sys, time  # noqa: I001
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,17 +24,18 @@ from typing import Literal
 
 import diffusers
 import numpy as np
+import peft
+import psutil
 import torch
 import transformers
 import tyro
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from rewards import load_alignment, load_reward
+from rewards import RewardError, load_alignment, load_reward
 
 HERE = Path(__file__).resolve().parent
 ANIMALS = """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard
@@ -65,9 +67,9 @@ class Args:
     model: str = "auto"
     """diffusers text-to-image folder or hub name; auto: CompVis/stable-diffusion-v1-4 on a GPU, else models/emoji"""
     lora_rank: int | None = None
-    """LoRA rank on the attention layers, 0 = full fine-tuning; unset: 4 for UNets of 50 M parameters and more, else 0"""
+    """LoRA rank on the attention layers, 0 = full fine-tuning; unset: 4 for UNets of 50 M parameters or more, else 0"""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """of the UNet; auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16. Trained weights and log-probs stay fp32"""
+    """of the UNet; auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16. Trained weights, log-probs stay fp32"""
     compile: bool = False
     """torch.compile the UNet"""
     gradient_checkpointing: bool = False
@@ -104,7 +106,6 @@ class Args:
 
 def make_schedule(scheduler, num_steps, device):
     """The respaced DDPM chain of a diffusers scheduler: tables (T,), first step to last, float32 on the device.
-
     Raises ValueError for a prediction type other than epsilon and v_prediction."""
     prediction_type = scheduler.config.prediction_type
     if prediction_type not in ("epsilon", "v_prediction"):
@@ -114,13 +115,12 @@ def make_schedule(scheduler, num_steps, device):
     abar_prev = torch.cat([abar[1:], scheduler.final_alpha_cumprod.double().view(1)])
     alphas = abar / abar_prev
     sigmas = ((1 - alphas) * (1 - abar_prev) / (1 - abar)).sqrt()
-    tables = {"alphas_cumprod": abar, "alphas": alphas, "betas": 1 - alphas, "sigmas": sigmas}
-    tables = {name: table.float().to(device) for name, table in tables.items()}
-    return SimpleNamespace(timesteps=scheduler.timesteps.to(device), prediction_type=prediction_type, **tables)
+    tables = torch.stack([abar, alphas, 1 - alphas, sigmas]).float().to(device)  # (4, T)
+    chain = {"timesteps": scheduler.timesteps.to(device), "alphas_cumprod": tables[0], "sigmas": tables[3]}
+    return SimpleNamespace(tables=tables, prediction_type=prediction_type, **chain)
 
 def predict_noise(unet, latents, step, embeds, schedule, guidance_scale):
     """eps_hat with classifier-free guidance, uncond and cond in one forward (lines 13-15).
-
     latents (N, C, H, W), step (N,) indices into the schedule, embeds (2, N, L, D) -> (N, C, H, W) float32"""
     output = unet(torch.cat([latents, latents]), schedule.timesteps[step].repeat(2), embeds.flatten(0, 1)).sample
     noise_pred_uncond, noise_pred_text = output.float().chunk(2)
@@ -132,11 +132,9 @@ def predict_noise(unet, latents, step, embeds, schedule, guidance_scale):
 
 def ddpm_step(noise_pred, latents, step, schedule, noise=None, next_latents=None):
     """One step of the chain (lines 16-18): draws x_{t-1} with `noise`, or scores a given `next_latents`.
-
     noise_pred, latents, noise, next_latents (N, C, H, W) float32, step (N,) -> next_latents, log_prob (N,), mean.
     log_prob is the mean over dimensions, and 0 where sigma = 0: that step is deterministic and has no density."""
-    tables = schedule.alphas_cumprod, schedule.alphas, schedule.betas, schedule.sigmas
-    abar, alpha, beta, sigma = (table[step].view(-1, 1, 1, 1) for table in tables)
+    abar, alpha, beta, sigma = schedule.tables[:, step, None, None, None]
     # Algorithms 4 and 5 print sqrt(1 - alpha_t) here; Algorithm 3's sqrt(1 - abar_t) is the DDPM mean
     mean = (latents - beta / (1 - abar).sqrt() * noise_pred) / alpha.sqrt()
     next_latents = mean + sigma * noise if next_latents is None else next_latents
@@ -147,19 +145,17 @@ def ddpm_step(noise_pred, latents, step, schedule, noise=None, next_latents=None
 @torch.no_grad()
 def sample_trajectories(unet, embeds, noise, schedule, args):
     """Run the policy (lines 9-19). embeds (2, N, L, D), noise (N, T + 1, C, H, W): first the initial latent's.
-
     Returns latents (N, T + 1, C, H, W) float32, x_T first and x_0 last, and log_probs (N, T)."""
-    runs = []
-    for few in torch.arange(len(noise)).split(2 * args.micro_batch):  # without gradients twice as many fit
-        latents, log_probs, eps = [noise[few, 0].to(args.device)], [], noise[few].to(args.device)
-        for i in range(args.num_steps):
-            step = torch.full((len(few),), i, device=args.device)
-            noise_pred = predict_noise(unet, latents[-1], step, embeds[:, few], schedule, args.guidance_scale)
-            next_latents, log_prob, _ = ddpm_step(noise_pred, latents[-1], step, schedule, noise=eps[:, i + 1])
-            latents.append(next_latents)
-            log_probs.append(log_prob)
-        runs.append((torch.stack(latents, 1), torch.stack(log_probs, 1)))
-    return tuple(torch.cat(parts) for parts in zip(*runs))
+    noise = noise.to(args.device)
+    latents, log_probs, n = [noise[:, 0]], [], args.micro_batch  # as in training: another batch size rounds otherwise
+    for i in range(args.num_steps):
+        step = torch.full((len(noise),), i, device=args.device)
+        parts = zip(latents[-1].split(n), step.split(n), embeds.split(n, 1))
+        noise_pred = torch.cat([predict_noise(unet, *part, schedule, args.guidance_scale) for part in parts])
+        next_latents, log_prob, _ = ddpm_step(noise_pred, latents[-1], step, schedule, noise=noise[:, i + 1])
+        latents.append(next_latents)
+        log_probs.append(log_prob)
+    return torch.stack(latents, 1), torch.stack(log_probs, 1)
 
 @torch.no_grad()
 def embed_prompts(pipe, prompts, cache, args):
@@ -181,16 +177,8 @@ def make_generator(*key):
 
 # ---- algorithm ----
 
-def compute_rewards(score, images, prompts):
-    """score's rewards (N,) and their parts; what is wrong with a reward ends the run with one line."""
-    try:
-        return score(images, prompts)
-    except ValueError as error:
-        fail(error)
-
 def compute_advantages(rewards, prompts, history, adv_clip):
     """Normalise by the prompt's last 16 rewards once there are 16, by the batch until then (DDPO's tracker).
-
     rewards (N,), prompts list of N, history {prompt: last rewards}, updated in place -> (N,) float64 in +-adv_clip"""
     rewards, advantages = np.asarray(rewards, dtype=np.float64), np.zeros(len(rewards))
     for prompt, reward in zip(prompts, rewards):
@@ -201,10 +189,9 @@ def compute_advantages(rewards, prompts, history, adv_clip):
             advantages[i] = (rewards[i] - peers.mean()) / (peers.std() + 1e-6)
     return advantages.clip(-adv_clip, adv_clip)
 
-def compute_loss(log_prob, mean, pairs, args):
+def compute_loss(log_prob, pairs, args):
     """Clipped importance-sampled policy gradient (lines 29-31; the trajectory's weight factorises over its steps).
-
-    log_prob (n,) and mean (n, C, H, W) of the current policy; pairs: what was stored, log_prob_beh and advantages (n,).
+    log_prob (n,) of the current policy; pairs: what was stored, log_prob_beh and advantages (n,).
     Returns the loss (n,) and info, a dict of (n,)."""
     log_ratio = log_prob - pairs["log_prob_beh"]
     ratio = torch.exp(log_ratio)
@@ -216,22 +203,21 @@ def compute_loss(log_prob, mean, pairs, args):
 
 def accumulate_gradients(unet, data, samples, schedule, args, scaler):
     """Adds the gradient of the mean loss over all (sample, step) pairs of `samples`, micro_batch pairs at a time.
-
     data: the stored trajectories; samples (n,) indices into them. Steps with sigma = 0 are left out.
     Returns the loss and compute_loss's info, means over the pairs but for the maximum of ratio_err."""
     steps = torch.nonzero(schedule.sigmas > 0).flatten()
-    i, s = samples.repeat_interleave(len(steps)), steps.repeat(len(samples))
-    totals, count = {}, len(i)
-    for i, s in zip(i.split(args.micro_batch), s.split(args.micro_batch)):
+    indices, totals = torch.cartesian_prod(samples, steps), {}  # (pairs, 2)
+    for i, s in (few.T for few in indices.split(args.micro_batch)):
         latents, next_latents = data["latents"][i, s], data["latents"][i, s + 1]
         noise_pred = predict_noise(unet, latents, s, data["embeds"][:, i], schedule, args.guidance_scale)
-        _, log_prob, mean = ddpm_step(noise_pred, latents, s, schedule, next_latents=next_latents)
+        _, log_prob, _ = ddpm_step(noise_pred, latents, s, schedule, next_latents=next_latents)
         pairs = {"log_prob_beh": data["log_probs"][i, s], "advantages": data["advantages"][i]}
-        loss, info = compute_loss(log_prob, mean, pairs, args)
-        scaler.scale(loss.sum() / count).backward()
+        loss, info = compute_loss(log_prob, pairs, args)
+        scaler.scale(loss.sum() / len(indices)).backward()
         for name, x in {"loss": loss, **info}.items():
-            totals.setdefault(name, []).append(x.detach().max() if name == "ratio_err" else x.detach().sum() / count)
-    return {name: float(max(x) if name == "ratio_err" else sum(x)) for name, x in totals.items()}
+            totals.setdefault(name, []).append(x.detach())
+    totals = {name: torch.cat(x) for name, x in totals.items()}
+    return {name: float(x.max() if name == "ratio_err" else x.mean()) for name, x in totals.items()}
 
 # ---- files ----
 
@@ -247,7 +233,7 @@ def save_checkpoint(run, unet, params, optimizer, state, args):
     save_file(tensors, run / "checkpoint/state.tmp", metadata={"state": json.dumps(state)})
     os.replace(run / "checkpoint/state.tmp", run / "checkpoint/state.safetensors")
     if args.lora_rank:
-        layers = diffusers.utils.convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+        layers = diffusers.utils.convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(unet))
         StableDiffusionPipeline.save_lora_weights(run / "lora", unet_lora_layers=layers)
     else:
         unet.save_pretrained(run / "unet")
@@ -282,8 +268,8 @@ def evaluate(pipe, run, iteration, prompts, score, alignment, cache, schedule, s
     save_images(run / f"images/{iteration:04d}.png", images, 2)
     first, second = np.split(images / 255, 2)
     diversity = np.sqrt(((first - second) ** 2).mean((1, 2, 3))).mean()
-    metrics = {"eval_reward": compute_rewards(score, images, few)[0].mean(), "eval_diversity": diversity}
-    return metrics | ({"eval_align": np.mean(alignment(images, few))} if alignment else {})
+    metrics = {"eval_reward": float(score(images, few)[0].mean()), "eval_diversity": float(diversity)}
+    return metrics | ({"eval_align": float(np.mean(alignment(images, few)))} if alignment else {})
 
 # ---- start ----
 
@@ -301,8 +287,7 @@ def load_prompts(name):
 
 def resolve(args):
     """Check the arguments and settle those that depend on machine and model, in place; no weights are loaded yet.
-
-    Returns the scheduler and the shape of a latent, (C, H, W). Raises ValueError, or diffusers' OSError."""
+    Returns the schedule and the shape of a latent, (C, H, W). Raises ValueError, or diffusers' OSError."""
     for name in ("lr", "iterations", "num_samples", "num_steps", "num_updates", "save_every", "clip_range", "adv_clip"):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
@@ -312,23 +297,27 @@ def resolve(args):
         raise ValueError(f"--num-samples {args.num_samples}: not {args.num_updates} equal shares (--num-updates)")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.zeros(1, device=args.device)  # RuntimeError for a device that is not there
-    on_gpu, why = args.device.startswith("cuda"), "as asked"
+    torch.zeros(1, device=args.device)  # RuntimeError or AssertionError for a device that is not there
+    on_gpu, why = args.device.startswith("cuda"), "as asked for"
     if args.model == "auto":
-        args.model, why = os.path.relpath(HERE / "models/emoji"), "no GPU: Stable Diffusion would take hours an iteration"
+        args.model, why = os.path.relpath(HERE / "models/emoji"), "Stable Diffusion on a CPU takes hours an iteration"
         if on_gpu:
             args.model, why = "CompVis/stable-diffusion-v1-4", "there is a GPU"
-    if args.precision == "auto":
-        args.precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if on_gpu else "fp32"
-    if Path(args.model).exists() and not (Path(args.model) / "model_index.json").exists():
-        raise ValueError(f"--model {args.model}: no diffusers model folder, there is no model_index.json in it")
-    kind = StableDiffusionPipeline.load_config(args.model)["_class_name"]
+    if args.precision == "auto":  # emulated bf16 is slower than fp16
+        bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = "bf16" if bf16 else "fp16" if on_gpu else "fp32"
+    try:
+        kind = StableDiffusionPipeline.load_config(args.model)["_class_name"]
+    except OSError as error:
+        message = f"--model {args.model}: no folder with a model_index.json, and not on the hub, or no network"
+        raise ValueError(f"{message}; --model {os.path.relpath(HERE / 'models/emoji')} needs none") from error
     if kind != "StableDiffusionPipeline":
         raise ValueError(f"--model {args.model}: a {kind}; only StableDiffusionPipeline (1.x and 2.x) works")
     unet_config = UNet2DConditionModel.load_config(args.model, subfolder="unet")
     scheduler = DDIMScheduler.from_pretrained(args.model, subfolder="scheduler")
-    if args.num_steps > scheduler.config.num_train_timesteps:
-        raise ValueError(f"--num-steps {args.num_steps}: the scheduler has {scheduler.config.num_train_timesteps}")
+    limit = scheduler.config.num_train_timesteps - scheduler.config.steps_offset
+    if args.num_steps > limit:
+        raise ValueError(f"--num-steps {args.num_steps}: the scheduler has {limit}")
     with torch.device("meta"):
         size = sum(p.numel() for p in UNet2DConditionModel.from_config(unet_config).parameters())
     if args.lora_rank is None:
@@ -340,7 +329,7 @@ def resolve(args):
     samples, steps, updates = args.num_samples, args.num_steps, args.num_updates
     print(f"{samples} samples = {samples // updates} x {updates} updates; {steps} steps; ", end="")
     print(f"{samples // updates * steps} pairs an update in microbatches of {args.micro_batch}")
-    return scheduler, shape
+    return make_schedule(scheduler, args.num_steps, args.device), shape
 
 def open_run(args, script):
     """Make the run folder, or check the one of --resume; returns its path. Raises ValueError or OSError."""
@@ -358,9 +347,10 @@ def open_run(args, script):
     reward = re.sub(r"[^\w.+-]+", "_", Path(args.reward).name)
     run = Path(args.out) / f"{script}__{reward}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run.mkdir(parents=True)
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
-    versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, np)}
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=HERE, capture_output=True, text=True).stdout.strip()
+    versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, peft, np)}
     about = {"script": script, "args": asdict(args), "command": shlex.join(sys.argv), "git": git, "versions": versions}
+    about["gpu"] = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None
     (run / "args.json").write_text(json.dumps(about, indent=2))
     for file in (Path(__file__), HERE / "rewards.py"):
         shutil.copy(file, run)
@@ -369,13 +359,14 @@ def open_run(args, script):
 def load_model(args):
     """The pipeline, and the trainable parameters of its UNet by name, float32."""
     safety = {"safety_checker": None, "requires_safety_checker": False}
-    pipe = StableDiffusionPipeline.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True, **safety)
+    pipe = StableDiffusionPipeline.from_pretrained(args.model, use_safetensors=True, **safety)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    unet, rank = pipe.to(args.device).unet.requires_grad_(not args.lora_rank), args.lora_rank
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    unet, rank = pipe.to(args.device, torch.float32).unet.requires_grad_(not args.lora_rank), args.lora_rank
     if rank:
         torch.manual_seed(args.seed)
         lora = {"r": rank, "lora_alpha": rank, "init_lora_weights": "gaussian"}
-        unet.to(dtype).add_adapter(LoraConfig(**lora, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        unet.to(dtype).add_adapter(peft.LoraConfig(**lora, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     params = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     for p in params.values():
         p.data = p.data.float()
@@ -389,50 +380,52 @@ def load_model(args):
 def finish(run, rows, args):
     """Write before_after.png (same prompts, same noise), print what was reached and how to go on; returns the run."""
     grids = sorted((run / "images").glob("*.png"))
-    tops = [np.split(np.asarray(Image.open(path)), 2)[0] for path in (grids[0], grids[-1])]
-    Image.fromarray(np.concatenate(tops)).save(run / "before_after.png")
-    before, after, done = float(rows[0]["eval_reward"]), float(rows[-1]["eval_reward"]), int(rows[-1]["iteration"])
+    grids = [np.asarray(Image.open(path)) for path in (grids[0], grids[-1])]
+    Image.fromarray(np.concatenate([grid[: len(grid) // 2] for grid in grids])).save(run / "before_after.png")
+    before, after, done = rows[0]["eval_reward"], rows[-1]["eval_reward"], rows[-1]["iteration"]
     print(f"{args.reward}: {before:.3f} -> {after:.3f} on fixed prompts and noise, {done} iterations; see {run}")
     if done < args.iterations:
         words = [word for word in sys.argv if word not in ("--resume", args.resume)]
         print("go on with: python", shlex.join(words), "--resume", run)
     return run
 
-def fail(message):
-    """What a user can mend: one line, exit code 2."""
-    print("error:", str(message).strip().splitlines()[0], file=sys.stderr)
-    sys.exit(2)
-
-def main(args):
+@contextmanager
+def one_line(*kinds):
+    """What a user can mend ends in one line and exit code 2, not in a traceback."""
     try:
-        script, prompts = Path(__file__).stem, load_prompts(args.prompts)
-        scheduler, shape = resolve(args)
-        schedule = make_schedule(scheduler, args.num_steps, args.device)
+        yield
+    except kinds as error:
+        print("error:", str(error).strip().splitlines()[0], file=sys.stderr)
+        sys.exit(2)
+
+@one_line(RewardError)
+def main(args):
+    script, cache, stop = Path(__file__).stem, {}, []
+    with one_line(ValueError, OSError, RuntimeError, AssertionError):
+        prompts = load_prompts(args.prompts)
+        schedule, shape = resolve(args)
         score = load_reward(args.reward, args.device, f"{args.model}/clip")
         alignment = load_alignment(args.reward, args.device, f"{args.model}/clip")
         run = open_run(args, script)
-    except (ValueError, OSError, RuntimeError) as error:
-        fail(error)
-    pipe, params = load_model(args)
-    adam = {"lr": args.lr, "betas": args.adam_betas, "eps": args.adam_eps, "weight_decay": args.weight_decay}
-    optimizer = torch.optim.AdamW(params.values(), **adam)
+        pipe, params = load_model(args)
+        adam = {"betas": args.adam_betas, "eps": args.adam_eps, "weight_decay": args.weight_decay}
+        optimizer = torch.optim.AdamW(params.values(), args.lr, **adam)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
-    state, cache, stop = {"iteration": 0, "history": {}, "skipped": 0, "scaler": scaler.state_dict()}, {}, []
+    state = {"rows": [], "history": {}, "skipped": 0, "warned": False, "scaler": scaler.state_dict()}
     if args.resume:
         state = load_checkpoint(run, params, optimizer)
         scaler.load_state_dict(state["scaler"])
-        with open(run / "metrics.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["iteration"]) <= state["iteration"]]
     else:  # row 0 is the pretrained model
         metrics = evaluate(pipe, run, 0, prompts, score, alignment, cache, schedule, shape, args)
-        rows = [{"iteration": 0, "samples": 0, **metrics}]
+        state["rows"].append({"iteration": 0, "samples": 0, **metrics})
+    rows, done = state["rows"], state["rows"][-1]["iteration"]
     if args.track:
         import wandb
 
         wandb.init(project="ddpo", name=run.name, id=run.name, resume="allow", config=asdict(args))
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda *_: stop.append(True))
-    done = state["iteration"]
+        wandb.log(rows[-1], step=done)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.append(True))
     bar = tqdm(total=args.iterations, initial=done, desc=script, disable=not sys.stderr.isatty())
     for iteration in range(done + 1, args.iterations + 1):
         # ---- sample ----
@@ -444,11 +437,9 @@ def main(args):
         latents, log_probs = sample_trajectories(pipe.unet, embeds, noise, schedule, args)
         images = decode(pipe.vae, latents[:, -1])
         clock.append(time.time())
-
         # ---- reward ----
-        rewards, parts = compute_rewards(score, images, batch_prompts)
+        rewards, parts = score(images, batch_prompts)
         clock.append(time.time())
-
         # ---- train ----
         advantages = compute_advantages(rewards, batch_prompts, state["history"], args.adv_clip)
         data = {"latents": latents, "log_probs": log_probs, "embeds": embeds}
@@ -463,7 +454,7 @@ def main(args):
                 except torch.OutOfMemoryError:
                     args.micro_batch //= 2
                     if args.micro_batch == 0:
-                        fail("out of memory at --micro-batch 1: try --gradient-checkpointing or --precision bf16")
+                        sys.exit("out of memory at --micro-batch 1: try --gradient-checkpointing or --precision bf16")
                     print(f"out of memory: the update is redone with microbatches of {args.micro_batch}")
             scaler.unscale_(optimizer)
             info["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(params.values(), args.max_grad_norm))
@@ -476,40 +467,40 @@ def main(args):
             scaler.update()
             updates.append(info | {"skipped": int(not finite)})
         clock.append(time.time())
-
         # ---- log ----
         row = {"iteration": iteration, "samples": iteration * args.num_samples}
-        row |= {"reward_mean": rewards.mean(), "reward_std": rewards.std()}
-        row |= {f"reward_{name}": part.mean() for name, part in parts.items() if len(parts) > 1}
-        row |= {name: np.mean([info[name] for info in updates]) for name in updates[0]}
+        row |= {"reward_mean": float(rewards.mean()), "reward_std": float(rewards.std())}
+        row |= {f"reward_{name}": float(part.mean()) for name, part in parts.items() if len(parts) > 1}
+        row |= {name: float(np.mean([info[name] for info in updates])) for name in updates[0]}
         row["ratio_err"] = updates[0]["ratio_err"]  # of the first update, where the ratio is 1 but for rounding
-        row |= dict(zip(("sample_s", "reward_s", "train_s"), np.diff(clock)))
+        row |= dict(zip(("sample_s", "reward_s", "train_s"), np.diff(clock).tolist()))
         row["images_per_s"] = args.num_samples / row["sample_s"]
-        row["peak_mem_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        if args.device.startswith("cuda"):
-            row["peak_mem_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        if row["ratio_err"] > args.clip_range / 10 and iteration == done + 1:
+        on_gpu = args.device.startswith("cuda")
+        row["peak_mem_gb"] = (torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss) / 1e9
+        if row["ratio_err"] > args.clip_range / 10 and not state["warned"]:
+            state["warned"] = True
             print(f"ratio_err {row['ratio_err']:.1e} is over a tenth of the clip range: rounding; try --precision fp32")
         last = iteration == args.iterations or bool(stop)
         if last or iteration % args.save_every == 0:
             row |= evaluate(pipe, run, iteration, prompts, score, alignment, cache, schedule, shape, args)
-            state |= {"iteration": iteration, "scaler": scaler.state_dict()}
-            save_checkpoint(run, pipe.unet, params, optimizer, state, args)
         rows.append(row)
         with open(run / "metrics.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
             writer.writeheader()
             writer.writerows(rows)
+        if "eval_reward" in row:
+            state["scaler"] = scaler.state_dict()
+            save_checkpoint(run, pipe.unet, params, optimizer, state, args)
         if args.track:
             wandb.log(row, step=iteration)
-        line = f"reward {row['reward_mean']:.3f} +- {row['reward_std']:.3f}, {clock[-1] - clock[0]:.1f} s"
-        bar.set_postfix_str(line)
+        left = (time.time() - clock[0]) * (args.iterations - iteration) / 60
+        line = f"{iteration}/{args.iterations}: reward {row['reward_mean']:.3f} +- {row['reward_std']:.3f}"
+        bar.write(f"iteration {line}, {clock[-1] - clock[0]:.1f} s, {left:.0f} min left")
+        sys.stdout.flush()
         bar.update()
-        if bar.disable:
-            left = (time.time() - clock[0]) * (args.iterations - iteration) / 60
-            print(f"iteration {iteration}/{args.iterations}: {line}, {left:.0f} min left", flush=True)
         if last:  # not `stop`, which may have come after the saving
             break
+    bar.close()
     return finish(run, rows, args)
 
 if __name__ == "__main__":

@@ -61,7 +61,6 @@ COLORS = {
     "grey": (165, 170, 175), "dark": (60, 65, 85),
 }  # fmt: skip
 
-
 @dataclass
 class Args:
     stage: str = "all"
@@ -85,10 +84,7 @@ class Args:
     held_out: str = "twemoji"
     """emoji set kept from the training of the CLIP whose held-out accuracy is reported"""
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# data
-
+# ---- data ----
 
 def fetch_drawings(work):
     """Download and rasterise the six sets. Saves drawings.npz: rgba (N, 128, 128, 4) uint8, names (N,) with "" for
@@ -124,7 +120,6 @@ def fetch_drawings(work):
             sets.append(emoji_set)
     np.savez(work / "drawings.npz", rgba=np.stack(rgba), names=np.array(names), sets=np.array(sets))
 
-
 def background(rng):
     """A 64 x 64 RGB picture, 74 % plain, 20 % gradient, 6 % patterned, and the word a caption may use for it."""
     word = rng.choice(list(COLORS))
@@ -152,7 +147,6 @@ def background(rng):
                 draw.ellipse([i + step // 4, j + step // 4, i + step * 3 // 4, j + step * 3 // 4], fill=other)
     return (picture.rotate(90) if rng.random() < 0.5 else picture), f"{kind} {word}"
 
-
 def compose(drawing, name, rng, strong=False):
     """Put one RGBA drawing on a background, a little flipped, scaled, turned and shifted. Returns (picture, caption).
     `strong` is the CLIP's augmentation: wider, with colour jitter, so that it does not judge by the UNet's habits."""
@@ -177,17 +171,15 @@ def compose(drawing, name, rng, strong=False):
     caption = rng.choice([name, f"{article} {name}", f"{name} on a {word} background"], p=[0.6, 0.15, 0.25])
     return np.asarray(picture), caption
 
-
 def compose_chunk(job):
-    """One worker's share: job = (drawings, names, choices, seed, strong) -> (pictures uint8 (N, 64, 64, 3), captions)."""
+    """One worker's share: (drawings, names, choices, seed, strong) -> (pictures uint8 (N, 64, 64, 3), captions)."""
     rgba, names, choices, seed, strong = job
     rng = np.random.default_rng(seed)
     pairs = [compose(rgba[i], names[i], rng, strong) for i in choices]
     return np.stack([picture for picture, _ in pairs]), [str(caption) for _, caption in pairs]
 
-
 def compose_pictures(work, name, candidates, count, seed, strong=False):
-    """Compose `count` pictures of the drawings `candidates`, every animal equally often, and save NAME.npy + NAME.json."""
+    """Compose `count` pictures of the drawings `candidates`, every animal equally often, into NAME.npy + NAME.json."""
     data = np.load(work / "drawings.npz")
     rng = np.random.default_rng(seed)
     names = data["names"]
@@ -202,7 +194,6 @@ def compose_pictures(work, name, candidates, count, seed, strong=False):
     captions = [caption for _, part in parts for caption in part]
     (work / f"{name}.json").write_text(json.dumps({"captions": captions, "drawings": choices.tolist()}))
 
-
 def make_data(work, args):
     if not (work / "drawings.npz").exists():
         fetch_drawings(work)
@@ -212,10 +203,7 @@ def make_data(work, args):
     if not (work / "others.json").exists():
         compose_pictures(work, "others", np.flatnonzero(names == ""), args.pictures // 4, args.seed + 1)
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# training, shared by the three models
-
+# ---- training, shared by the three models ----
 
 def fit(name, work, params, steps, lr, batch_size, count, loss_fn, seed, ema_decay=0.999, save_every=250):
     """AdamW with warm-up and cosine decay on the dict of parameters `params`; leaves their moving average in place.
@@ -262,10 +250,7 @@ def fit(name, work, params, steps, lr, batch_size, count, loss_fn, seed, ema_dec
         p.data.copy_(average)
     return float(load_file(path)["seconds"])
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# VAE
-
+# ---- VAE ----
 
 def make_vae():
     from diffusers import AutoencoderTiny
@@ -279,11 +264,9 @@ def make_vae():
         act_fn="silu",
     )
 
-
 def to_tensor(pictures):
     """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [-1, 1]"""
     return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
 
 def train_vae(work, args):
     """L1 + MSE + edges; noise on the latents and a price on their power make them smooth and of unit scale."""
@@ -305,10 +288,7 @@ def train_vae(work, args):
     seconds = fit("vae", work, params, args.vae_steps, 2e-3, 16, len(animals) + len(others), loss_fn, args.seed)
     return vae.eval(), seconds
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# tokenizer, text encoder, UNet
-
+# ---- tokenizer, text encoder, UNet ----
 
 def train_tokenizer(captions):
     """A byte-pair vocabulary in CLIP's order: bytes, bytes that end a word, merges, start, end."""
@@ -331,7 +311,6 @@ def train_tokenizer(captions):
     assert len(vocab) == len(tokens)
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=16)
 
-
 def save_tokenizer(tokenizer, folder):
     """transformers 5 writes tokenizer.json alone; vocab.json and merges.txt are what transformers 4 reads."""
     tokenizer.save_pretrained(folder)
@@ -339,14 +318,12 @@ def save_tokenizer(tokenizer, folder):
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in model["merges"]) + "\n")
 
-
 def make_text_encoder(tokenizer):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     ends = dict(bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1, pad_token_id=len(tokenizer) - 1)
     size = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
     return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **size, **ends))
-
 
 def make_unet():
     """2.9 M parameters; attention only in the middle, at 4 x 4: on 2 cores each level of it costs a fifth of a step."""
@@ -365,7 +342,6 @@ def make_unet():
         cross_attention_dim=128,
     )
 
-
 def make_scheduler():
     """Stable Diffusion's schedule"""
     from diffusers import DDIMScheduler
@@ -381,7 +357,6 @@ def make_scheduler():
         steps_offset=1,
     )
 
-
 @torch.no_grad()
 def encode_pictures(work, vae):
     """Latents of every composed animal picture, once: (N, 12, 8, 8) float16. Returns (latents, scaling factor)."""
@@ -393,7 +368,6 @@ def encode_pictures(work, vae):
         save_file({"latents": latents.contiguous(), "scaling_factor": 1 / latents.float().std()}, path)
     state = load_file(path)
     return state["latents"], float(state["scaling_factor"])
-
 
 def train_unet(work, args, vae):
     """Noise prediction with min-SNR-5 weights (Hang et al. 2023); a tenth of the captions is empty, for guidance."""
@@ -426,7 +400,6 @@ def train_unet(work, args, vae):
     seconds = fit("unet", work, params, args.unet_steps, 1e-3, 64, len(latents), loss_fn, args.seed)
     return unet.eval(), text_encoder.eval(), tokenizer, scaling_factor, seconds
 
-
 def refine_decoder(work, args, vae):
     """The latents are settled once the UNet has learned them; the decoder may still get better at reading them."""
     latents, _ = encode_pictures(work, vae)
@@ -441,10 +414,7 @@ def refine_decoder(work, args, vae):
     params = dict(vae.decoder.named_parameters())
     return fit("decoder", work, params, args.decoder_steps, 1e-3, 16, len(latents), loss_fn, args.seed)
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# CLIP
-
+# ---- CLIP ----
 
 def make_clip(folder, tokenizer):
     """An open_clip model in `local-dir:` format: a ResNet of width 16 and a 2-layer text tower, 1.3 M parameters."""
@@ -461,7 +431,6 @@ def make_clip(folder, tokenizer):
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
     return open_clip.create_model(f"local-dir:{folder}", load_weights=False)
 
-
 def distort(x, generator):
     """What separates a drawing from a generated picture must not matter: blur, noise, grey, swapped colours."""
 
@@ -474,7 +443,6 @@ def distort(x, generator):
     x = torch.where(some(0.15), x.mean(1, keepdim=True), x)
     x = torch.where(some(0.15), x[:, torch.randperm(3, generator=generator)], x)
     return x + some(0.5) * 0.1 * torch.randn(x.shape, generator=generator)
-
 
 def train_clip(name, work, args, tokenizer, drawings, folder):
     """One picture of each animal a batch, so that no two captions of a batch mean the same (CLIP's loss otherwise)."""
@@ -510,7 +478,6 @@ def train_clip(name, work, args, tokenizer, drawings, folder):
     save_file({k: v.contiguous() for k, v in weights.items()}, folder / "open_clip_model.safetensors")
     return seconds
 
-
 @torch.no_grad()
 def clip_ranks(folder, pictures, labels):
     """How many of the 46 names the CLIP prefers to the right one, for each picture uint8 (N, 64, 64, 3): int (N,)"""
@@ -521,7 +488,6 @@ def clip_ranks(folder, pictures, labels):
     scores = model.encode_image(to_tensor(pictures), normalize=True) @ text.T
     right = scores[torch.arange(len(labels)), torch.tensor([NAMES.index(n) for n in labels])]
     return (scores > right[:, None]).sum(1).numpy()
-
 
 def held_out_accuracy(work, args, tokenizer):
     """Train a CLIP without one emoji set and ask it for the drawings of that set, ten pictures each."""
@@ -535,10 +501,7 @@ def held_out_accuracy(work, args, tokenizer):
     ranks = clip_ranks(work / "clip_held_out", pictures, names[drawings])
     return float((ranks == 0).mean()), len(drawings), seconds
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# export
-
+# ---- export ----
 
 def export(out, vae, unet, text_encoder, tokenizer, scaling_factor):
     from diffusers import StableDiffusionPipeline
@@ -548,7 +511,6 @@ def export(out, vae, unet, text_encoder, tokenizer, scaling_factor):
     parts |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     StableDiffusionPipeline(**parts).to(torch.float16).save_pretrained(out)
     save_tokenizer(tokenizer, out / "tokenizer")
-
 
 def draw_samples(out, steps=50, guidance_scale=5.0, draws=4):
     """46 prompts x 4 seeds with the DDPM sampler the scripts use (DDIM with eta = 1). Writes samples.png.
@@ -578,7 +540,6 @@ def draw_samples(out, steps=50, guidance_scale=5.0, draws=4):
     sheet.save(out / "samples.png")
     return pictures, labels, float(np.median(seconds))
 
-
 CARD = """# The emoji model
 
 A small text-to-image latent diffusion model, trained from nothing by `pretrain.py` of this repository. It draws
@@ -593,7 +554,7 @@ laptop without a download. Load it with `StableDiffusionPipeline.from_pretrained
 
 {drawings} drawings of the 46 animals ({others} more emoji for the VAE alone), rasterised from the npm packages below and
 composed into {pictures:,} pictures: plain, gradient and patterned backgrounds, small flips, shifts, scales, rotations.
-A model trained on drawings may reproduce them; keep the licences of the drawings in mind, and the attribution that
+A model trained on drawings may reproduce them; keep their licences in mind, and the attribution that
 Twemoji asks for: Twemoji graphics (c) Twitter, Inc and other contributors, CC BY 4.0.
 
 | package | licence of the drawings |
@@ -618,10 +579,10 @@ On {machine}: {minutes}.
 ## Measured
 
 - VAE: {psnr:.1f} dB PSNR on 400 training pictures.
-- The bundled CLIP ranks the right one of the 46 names first for {top1:.1f} % of the {samples} pictures of `samples.png`,
-  among the first five for {top5:.1f} %.
-- A CLIP trained the same way without `{held_out}` ranks the right name first for {accuracy:.1f} % of {n} pictures of the
-  drawings of that set (10 pictures of each drawing). The bundled one is trained on all six sets.
+- The bundled CLIP ranks the right one of the 46 names first for {top1:.1f} % of the {samples} pictures of
+  `samples.png`, among the first five for {top5:.1f} %.
+- A CLIP trained the same way without `{held_out}` ranks the right name first for {accuracy:.1f} % of {n} pictures of
+  the drawings of that set (10 pictures of each drawing). The bundled one is trained on all six sets.
 - 16 pictures take {seconds:.2f} s (median).
 
 ## Known weaknesses
@@ -633,7 +594,6 @@ On {machine}: {minutes}.
   whether a picture still shows the animal, not taste.
 """
 
-
 def write_card(out, work, facts):
     data = np.load(work / "drawings.npz")
     files = sorted(p for p in out.rglob("*") if p.is_file() and p.name not in ("README.md", "metrics.json"))
@@ -643,7 +603,6 @@ def write_card(out, work, facts):
     facts |= {"drawings": animals, "others": len(data["names"]) - animals, "sizes": sizes, "licences": licences}
     facts["minutes"] = ", ".join(f"{k} {v / 60:.0f} min" for k, v in facts["training_seconds"].items())
     (out / "README.md").write_text(CARD.format(**facts))
-
 
 def main(args):
     work, out = Path(args.work), Path(args.out)
@@ -681,10 +640,10 @@ def main(args):
         facts |= {"top1": 100 * float((ranks == 0).mean()), "top5": 100 * float((ranks < 5).mean())}
         hits = {name: int((ranks[np.array(labels) == name] == 0).sum()) for name in NAMES}
         facts["weak"] = ", ".join(f"{name} ({k} of 4)" for name, k in hits.items() if k < 3) or "none"
-        facts |= {"samples": len(labels), "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), no accelerator"}
+        machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), no accelerator"
+        facts |= {"samples": len(labels), "machine": machine}
         write_card(out, work, facts)
     facts_file.write_text(json.dumps(facts, indent=2))
-
 
 if __name__ == "__main__":
     main(tyro.cli(Args, description=__doc__))

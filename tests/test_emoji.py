@@ -61,7 +61,7 @@ def pictures():
 
 
 def test_its_clip_recognises_what_it_draws(pictures):
-    """The right one of 46 names first for two pictures in three (chance: 2 %; the model card has the rate at T = 50)."""
+    """The right one of 46 names first for two pictures in three; chance is 2 %, the card has the rate at T = 50."""
     clip = rewards.REWARDS["clip"]("cpu", str(EMOJI / "clip"))
     scores = np.stack([clip(pictures, [name] * 92) for name in NAMES], 1)  # (92, 46)
     assert (scores.argmax(1) == np.tile(np.arange(46), 2)).mean() > 2 / 3

@@ -1,4 +1,4 @@
-"""The sampler, the log-probs, the loss and the gradient of ddpo_is.py, on real diffusers schedulers and small models."""
+"""The sampler, the log-probs, the loss and the gradient of ddpo_is.py, on diffusers' schedulers and small models."""
 
 from types import SimpleNamespace
 
@@ -38,10 +38,10 @@ def test_ddpm_step_equals_diffusers_ddim_with_eta_1(prediction_type):
         torch.testing.assert_close(next_latents, expected, atol=2e-5, rtol=1e-5)
 
 
-def test_stable_diffusions_own_pndm_config_gives_the_same_chain():
-    """v1.4 ships a PNDMScheduler; DDIMScheduler.from_config of it must be the paper's 50 steps 981, 961, ..., 1."""
-    config = PNDMScheduler(**STABLE_DIFFUSION, skip_prk_steps=True).config
-    schedule = ddpo_is.make_schedule(DDIMScheduler.from_config(config), 50, "cpu")
+def test_stable_diffusions_own_pndm_config_gives_the_same_chain(tmp_path):
+    """v1.4 ships a PNDMScheduler; read as a DDIMScheduler it must give the paper's 50 steps 981, 961, ..., 1."""
+    PNDMScheduler(**STABLE_DIFFUSION, skip_prk_steps=True).save_pretrained(tmp_path / "scheduler")
+    schedule = ddpo_is.make_schedule(DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler"), 50, "cpu")
     assert schedule.timesteps.tolist() == list(range(981, 0, -20))
     assert schedule.sigmas[0] == pytest.approx(0.454, abs=1e-3)
     assert schedule.sigmas[-1] == pytest.approx(0.0206, abs=1e-4)
@@ -167,8 +167,8 @@ def test_the_first_gradient_is_reinforce(tiny_sd):
 def test_clip_by_hand(advantage, ratio, loss, slope):
     """clip range 0.1; d loss / d log_prob = -A ratio where it is not clipped"""
     log_prob = torch.tensor([np.log(ratio) - 3.0], dtype=torch.float64, requires_grad=True)
-    pairs = {"log_prob_beh": torch.tensor([-3.0], dtype=torch.float64), "advantages": torch.tensor([advantage]).double()}
-    out, info = ddpo_is.compute_loss(log_prob, None, pairs, make_args(clip_range=0.1))
+    pairs = {"log_prob_beh": torch.tensor([-3.0]).double(), "advantages": torch.tensor([advantage]).double()}
+    out, info = ddpo_is.compute_loss(log_prob, pairs, make_args(clip_range=0.1))
     out.sum().backward()
     assert out.item() == pytest.approx(loss) and log_prob.grad.item() == pytest.approx(slope)
     assert info["clipfrac"].item() == (abs(ratio - 1) > 0.1)
@@ -203,7 +203,7 @@ def test_noise_is_a_function_of_its_key():
 
 
 def test_decode_undoes_scaling_and_shift(tiny_sd):
-    """Against diffusers' own pipeline on the same latents; the tiny VAE has a shift_factor too."""
+    """Against diffusers' image processor; the tiny VAE has a shift_factor too."""
     pipe = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
     latents = torch.randn((3, 4, 8, 8), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
