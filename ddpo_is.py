@@ -291,8 +291,8 @@ def resolve(args):
     for name in ("lr", "iterations", "num_samples", "num_steps", "num_updates", "save_every", "clip_range", "adv_clip"):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
-    if min(args.seed, args.micro_batch, args.lora_rank or 0) < 0:
-        raise ValueError(f"--seed {args.seed}, --micro-batch or --lora-rank: must not be negative")
+    if min(args.seed, args.micro_batch, args.lora_rank or 0, *args.adam_betas) < 0 or max(args.adam_betas) >= 1:
+        raise ValueError(f"--seed {args.seed}, --micro-batch, --lora-rank or --adam-betas: negative, or a beta over 1")
     if args.num_samples % args.num_updates:
         raise ValueError(f"--num-samples {args.num_samples}: not {args.num_updates} equal shares (--num-updates)")
     if args.device == "auto":
