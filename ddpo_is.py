@@ -189,9 +189,9 @@ def compute_advantages(rewards, prompts, history, adv_clip):
             advantages[i] = (rewards[i] - peers.mean()) / (peers.std() + 1e-6)
     return advantages.clip(-adv_clip, adv_clip)
 
-def compute_loss(log_prob, pairs, args):
+def compute_loss(log_prob, mean, pairs, schedule, args):
     """Clipped importance-sampled policy gradient (lines 29-31; the trajectory's weight factorises over its steps).
-    log_prob (n,) of the current policy; pairs: what was stored, log_prob_beh and advantages (n,).
+    log_prob (n,), mean (n, C, H, W) of the current policy; pairs: step, log_prob_beh, advantages, (n,) each.
     Returns the loss (n,) and info, a dict of (n,)."""
     log_ratio = log_prob - pairs["log_prob_beh"]
     ratio = torch.exp(log_ratio)
@@ -203,16 +203,17 @@ def compute_loss(log_prob, pairs, args):
 
 def accumulate_gradients(unet, data, samples, schedule, args, scaler):
     """Adds the gradient of the mean loss over all (sample, step) pairs of `samples`, micro_batch pairs at a time.
-    data: the stored trajectories; samples (n,) indices into them. Steps with sigma = 0 are left out.
+    data: the stored trajectories, latents (N, T + 1, C, H, W), embeds (2, N, L, D), and what else compute_loss needs,
+    (N, T, ...); samples (n,) indices into them. Steps with sigma = 0 are left out.
     Returns the loss and compute_loss's info, means over the pairs but for the maximum of ratio_err."""
     steps = torch.nonzero(schedule.sigmas > 0).flatten()
     indices, totals = torch.cartesian_prod(samples, steps), {}  # (pairs, 2)
     for i, s in (few.T for few in indices.split(args.micro_batch)):
         latents, next_latents = data["latents"][i, s], data["latents"][i, s + 1]
         noise_pred = predict_noise(unet, latents, s, data["embeds"][:, i], schedule, args.guidance_scale)
-        _, log_prob, _ = ddpm_step(noise_pred, latents, s, schedule, next_latents=next_latents)
-        pairs = {"log_prob_beh": data["log_probs"][i, s], "advantages": data["advantages"][i]}
-        loss, info = compute_loss(log_prob, pairs, args)
+        _, log_prob, mean = ddpm_step(noise_pred, latents, s, schedule, next_latents=next_latents)
+        pairs = {name: x[i, s] for name, x in data.items() if name not in ("latents", "embeds")}
+        loss, info = compute_loss(log_prob, mean, pairs | {"step": s}, schedule, args)
         scaler.scale(loss.sum() / len(indices)).backward()
         for name, x in {"loss": loss, **info}.items():
             totals.setdefault(name, []).append(x.detach())
@@ -288,8 +289,9 @@ def load_prompts(name):
 def resolve(args):
     """Check the arguments and settle those that depend on machine and model, in place; no weights are loaded yet.
     Returns the schedule and the shape of a latent, (C, H, W). Raises ValueError, or diffusers' OSError."""
-    for name in ("lr", "iterations", "num_samples", "num_steps", "num_updates", "save_every", "clip_range", "adv_clip"):
-        if not getattr(args, name) > 0:
+    positive = "lr iterations num_samples num_steps num_updates save_every adv_clip clip_range beta samples_per_prompt"
+    for name in positive.split():
+        if not getattr(args, name, 1) > 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
     if min(args.seed, args.micro_batch, args.lora_rank or 0, *args.adam_betas) < 0 or max(args.adam_betas) >= 1:
         raise ValueError(f"--seed {args.seed}, --micro-batch, --lora-rank or --adam-betas: negative, or a beta over 1")
@@ -442,8 +444,8 @@ def main(args):
         clock.append(time.time())
         # ---- train ----
         advantages = compute_advantages(rewards, batch_prompts, state["history"], args.adv_clip)
-        data = {"latents": latents, "log_probs": log_probs, "embeds": embeds}
-        data["advantages"] = torch.tensor(advantages, dtype=torch.float32, device=args.device)
+        data = {"latents": latents, "embeds": embeds, "log_prob_beh": log_probs}
+        data["advantages"] = torch.tensor(advantages).to(log_probs).view(-1, 1).expand_as(log_probs)
         updates = []  # the samples are independent, so that equal shares need no shuffle
         for samples in torch.arange(args.num_samples, device=args.device).chunk(args.num_updates):
             while True:
@@ -466,20 +468,20 @@ def main(args):
                 sys.exit("10 updates in a row had a loss or gradient that is not finite: lower --lr or use fp32")
             scaler.update()
             updates.append(info | {"skipped": int(not finite)})
+        metrics = {name: float(np.mean([info[name] for info in updates])) for name in updates[0]}
+        metrics["ratio_err"] = updates[0]["ratio_err"]  # of the first update, where the ratio is 1 but for rounding
+        if metrics["ratio_err"] > args.clip_range / 10 and not state["warned"]:
+            state["warned"] = True
+            print(f"ratio_err {metrics['ratio_err']:.1e} is over a tenth of the clip range: use --precision fp32")
         clock.append(time.time())
         # ---- log ----
         row = {"iteration": iteration, "samples": iteration * args.num_samples}
         row |= {"reward_mean": float(rewards.mean()), "reward_std": float(rewards.std())}
         row |= {f"reward_{name}": float(part.mean()) for name, part in parts.items() if len(parts) > 1}
-        row |= {name: float(np.mean([info[name] for info in updates])) for name in updates[0]}
-        row["ratio_err"] = updates[0]["ratio_err"]  # of the first update, where the ratio is 1 but for rounding
-        row |= dict(zip(("sample_s", "reward_s", "train_s"), np.diff(clock).tolist()))
+        row |= metrics | dict(zip(("sample_s", "reward_s", "train_s"), np.diff(clock).tolist()))
         row["images_per_s"] = args.num_samples / row["sample_s"]
         on_gpu = args.device.startswith("cuda")
         row["peak_mem_gb"] = (torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss) / 1e9
-        if row["ratio_err"] > args.clip_range / 10 and not state["warned"]:
-            state["warned"] = True
-            print(f"ratio_err {row['ratio_err']:.1e} is over a tenth of the clip range: rounding; try --precision fp32")
         last = iteration == args.iterations or bool(stop)
         if last or iteration % args.save_every == 0:
             row |= evaluate(pipe, run, iteration, prompts, score, alignment, cache, schedule, shape, args)

@@ -77,8 +77,8 @@ def make_data(folder, args, n=4):
     embeds = ddpo_is.embed_prompts(pipe, ["cat", "dog", "cat", "bee"][:n], {}, args)
     noise = torch.randn((n, args.num_steps + 1, 4, 8, 8), generator=torch.Generator().manual_seed(3))
     latents, log_probs = ddpo_is.sample_trajectories(pipe.unet, embeds, noise, schedule, args)
-    advantages = torch.tensor([1.0, -0.5, 2.0, -1.5][:n])
-    data = {"latents": latents, "log_probs": log_probs, "embeds": embeds, "advantages": advantages}
+    advantages = torch.tensor([1.0, -0.5, 2.0, -1.5][:n]).view(-1, 1).expand_as(log_probs)
+    data = {"latents": latents, "embeds": embeds, "log_prob_beh": log_probs, "advantages": advantages}
     return pipe, params, schedule, data
 
 
@@ -95,7 +95,7 @@ def test_the_deterministic_last_step_is_skipped(tiny_sd_v):
     args = make_args(model=tiny_sd_v)
     pipe, params, schedule, data = make_data(tiny_sd_v, args)
     assert schedule.sigmas[-1] == 0 and (schedule.sigmas[:-1] > 0).all()
-    assert (data["log_probs"][:, -1] == 0).all() and data["latents"].isfinite().all()
+    assert (data["log_prob_beh"][:, -1] == 0).all() and data["latents"].isfinite().all()
     before, info = gradient(pipe, params, schedule, data, args)
     assert np.isfinite(info["loss"]) and before.isfinite().all() and before.norm() > 0
     data["latents"][:, -1] += 7.0  # what the last step made cannot matter
@@ -148,7 +148,7 @@ def test_the_first_gradient_is_reinforce(tiny_sd):
         for s in range(6):
             x, y, step = data["latents"][i : i + 1, s], data["latents"][i : i + 1, s + 1], torch.tensor([s])
             noise_pred = ddpo_is.predict_noise(pipe.unet, x, step, data["embeds"][:, i : i + 1], schedule, 5.0)
-            loss = loss - data["advantages"][i] * ddpo_is.ddpm_step(noise_pred, x, step, schedule, next_latents=y)[1]
+            loss = loss - data["advantages"][i, s] * ddpo_is.ddpm_step(noise_pred, x, step, schedule, next_latents=y)[1]
     expected = torch.autograd.grad(loss.sum() / 24, list(params.values()), allow_unused=True)
     expected = torch.cat([e.flatten() for e in expected if e is not None])
     torch.testing.assert_close(g, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
@@ -168,7 +168,7 @@ def test_clip_by_hand(advantage, ratio, loss, slope):
     """clip range 0.1; d loss / d log_prob = -A ratio where it is not clipped"""
     log_prob = torch.tensor([np.log(ratio) - 3.0], dtype=torch.float64, requires_grad=True)
     pairs = {"log_prob_beh": torch.tensor([-3.0]).double(), "advantages": torch.tensor([advantage]).double()}
-    out, info = ddpo_is.compute_loss(log_prob, pairs, make_args(clip_range=0.1))
+    out, info = ddpo_is.compute_loss(log_prob, None, pairs, None, make_args(clip_range=0.1))
     out.sum().backward()
     assert out.item() == pytest.approx(loss) and log_prob.grad.item() == pytest.approx(slope)
     assert info["clipfrac"].item() == (abs(ratio - 1) > 0.1)

@@ -418,6 +418,7 @@ def test_missing_weights_name_the_file_its_size_the_place_and_the_way(name, weig
     _, file, size, _ = weights
     place = tmp_path / "torch/hub/checkpoints" / file if name == "aesthetic" else tmp_path / "hub"
     assert f"{file} ({size}) is not in {place} and" in str(caught.value)
+    assert "HF_HUB_OFFLINE is set" in str(caught.value)  # it has not even tried
     assert f"on a connected machine {how}" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -460,17 +461,18 @@ def test_no_pickle_runs_code(small_open_clip, monkeypatch, tmp_path):
 # the command line
 
 
-def test_table(tmp_path, capsys):
+def test_table(tmp_path, capsys, user_file):
     files = [str(tmp_path / f"{i}.png") for i in range(2)]
     for file, mode, seed in zip(files, ("RGB", "RGBA"), (0, 1)):
         Image.fromarray(pictures(1, 32 + 8 * seed, 32, seed)[0]).convert(mode).save(file)
-    tyro.cli(rewards.main, args=["--reward", "incompress - 2*compress", "--prompt", "a cat", *files])
+    reward = f"incompress - 2*compress + 0*{user_file}:prompt_length"
+    tyro.cli(rewards.main, args=["--reward", reward, "--prompt", "a cat", *files])
     header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split() == ["reward", "incompress", "compress", "picture"]
+    assert header.split() == ["reward", "incompress", "compress", "prompt_length", "picture"]
     for file, row in zip(files, rows, strict=True):
         size = REWARDS["incompress"]("cpu")(np.asarray(Image.open(file).convert("RGB"))[None], [""])[0]
         assert row.split()[-1] == file
-        np.testing.assert_allclose([float(x) for x in row.split()[:3]], [3 * size, size, -size], atol=1e-3)
+        np.testing.assert_allclose([float(x) for x in row.split()[:4]], [3 * size, size, -size, 5], atol=1e-3)
 
 
 def test_list_has_unit_download_and_source_of_all(capsys):

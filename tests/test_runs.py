@@ -155,8 +155,8 @@ def test_a_reward_of_nan_stops_with_its_message(tiny_sd, tmp_path, capsys):
 def test_updates_that_are_not_finite_are_skipped_and_then_stop_the_run(tiny_sd, tmp_path, monkeypatch):
     real = ddpo_is.compute_loss
 
-    def infinite(log_prob, pairs, args):
-        loss, info = real(log_prob, pairs, args)
+    def infinite(*inputs):
+        loss, info = real(*inputs)
         return loss * float("inf"), info
 
     monkeypatch.setattr(ddpo_is, "compute_loss", infinite)

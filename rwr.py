@@ -1,0 +1,504 @@
+"""
+RWR: reward-weighted regression, denoising training on the policy's own samples, the better ones weighted more
+(Algorithm 1). With k samples of each prompt c, and x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps:
+
+    w_i  = exp(beta * r_i) / sum_j exp(beta * r_j)                   over the samples j of the same prompt, raw rewards
+    loss = w_i * mean((eps - eps_hat)^2)                             t uniform over all training timesteps
+
+It knows the rewards of finished pictures only, not the steps that led there: what it maximises is an approximation.
+eps_hat is the guided prediction (lines 25-27). `diff rwr.py rwr_sparse.py`
+
+    python rwr.py --reward compress --lr 3e-4         on a CPU the 64 px emoji model, on a GPU Stable Diffusion v1.4
+    python rwr.py --reward incompress --iterations 20 --num-steps 20                                    a quick look
+    python rwr.py --reward compress --lr 3e-4 --resume runs/rwr__compress__s1__...            go on where it stopped
+
+The original DDPO code has beta 0.2 for Stable Diffusion and thousands of samples an iteration; the defaults here are
+tuned on the emoji model. With one sample a prompt every weight is 1 and nothing is learned.
+"""
+
+import csv, json, os, re, shlex, shutil, signal, subprocess, sys, time  # noqa: I001
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import diffusers
+import numpy as np
+import peft
+import psutil
+import torch
+import transformers
+import tyro
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from rewards import RewardError, load_alignment, load_reward
+
+HERE = Path(__file__).resolve().parent
+ANIMALS = """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard
+beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly
+llama camel bat gorilla hedgehog kangaroo""".split()
+
+@dataclass
+class Args:
+    # run
+    reward: str = "compress"
+    """what to maximise: a name of `python rewards.py --list`, a sum like "aesthetic + 0.5*clip", or file.py:function"""
+    prompts: str = "animals"
+    """p(c): animals (45 names), imagenet (398 animal classes), or a text file with one prompt a line"""
+    seed: int = 1
+    """every random number is a function of (seed, iteration, sample)"""
+    iterations: int = 200
+    """rounds of sampling and training"""
+    out: str = "runs"
+    """folder in which the run's folder is made"""
+    resume: str | None = None
+    """run folder to go on with (the other arguments must be the ones it was started with)"""
+    save_every: int = 10
+    """iterations between checkpoints, evaluations and picture grids"""
+    track: bool = False
+    """log to Weights & Biases too (project "ddpo")"""
+    device: str = "auto"
+    """auto (cuda where there is one, else cpu), or a torch device"""
+    # model
+    model: str = "auto"
+    """diffusers text-to-image folder or hub name; auto: CompVis/stable-diffusion-v1-4 on a GPU, else models/emoji"""
+    lora_rank: int | None = None
+    """LoRA rank on the attention layers, 0 = full fine-tuning; unset: 4 for UNets of 50 M parameters or more, else 0"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """of the UNet; auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16. Trained weights, log-probs stay fp32"""
+    compile: bool = False
+    """torch.compile the UNet"""
+    gradient_checkpointing: bool = False
+    """less memory for about a third more time"""
+    # sampling
+    num_samples: int = 16
+    """trajectories per iteration, over all processes (N_samples)"""
+    num_steps: int = 50
+    """denoising steps (T)"""
+    guidance_scale: float = 5.0
+    """classifier-free guidance, in sampling and in training (W_c)"""
+    # optimisation
+    lr: float = 3e-4
+    """AdamW learning rate (eta)"""
+    weight_decay: float = 1e-4
+    """AdamW weight decay (lambda)"""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW (beta_1, beta_2)"""
+    adam_eps: float = 1e-8
+    """AdamW epsilon"""
+    max_grad_norm: float = 1.0
+    """global gradient norm is clipped to this (C_clip)"""
+    num_updates: int = 2
+    """gradient steps per iteration, each on its own equal share of the trajectories and all their steps (N_updates)"""
+    micro_batch: int = 0
+    """(sample, step) pairs per forward; changes memory and speed, not the gradient; 0 = choose"""
+    # this algorithm
+    beta: float = 10.0
+    """inverse temperature of the weights, 1 / unit of the reward; 0: uniform, large: the best sample of each prompt"""
+    samples_per_prompt: int = 4
+    """samples of one prompt, whose weights sum to 1; --num-samples is a multiple of it"""
+
+# ---- sampler ----
+
+def make_schedule(scheduler, num_steps, device):
+    """The respaced DDPM chain of a diffusers scheduler: tables (T,), first step to last, float32 on the device; and in
+    `training` all of its timesteps. Raises ValueError for a prediction type other than epsilon and v_prediction."""
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(f"the model predicts {prediction_type}; only epsilon and v_prediction work")
+    scheduler.set_timesteps(num_steps)
+    abar = scheduler.alphas_cumprod.double()[scheduler.timesteps]
+    abar_prev = torch.cat([abar[1:], scheduler.final_alpha_cumprod.double().view(1)])
+    alphas = abar / abar_prev
+    sigmas = ((1 - alphas) * (1 - abar_prev) / (1 - abar)).sqrt()
+    tables = torch.stack([abar, alphas, 1 - alphas, sigmas]).float().to(device)  # (4, T)
+    chain = {"timesteps": scheduler.timesteps.to(device), "alphas_cumprod": tables[0], "sigmas": tables[3]}
+    training = {"timesteps": torch.arange(len(scheduler.alphas_cumprod), device=device)}
+    training |= {"alphas_cumprod": scheduler.alphas_cumprod.float().to(device), "prediction_type": prediction_type}
+    training = SimpleNamespace(**training)
+    return SimpleNamespace(tables=tables, prediction_type=prediction_type, training=training, **chain)
+
+def predict_noise(unet, latents, step, embeds, schedule, guidance_scale):
+    """eps_hat with classifier-free guidance, uncond and cond in one forward (lines 13-15).
+    latents (N, C, H, W), step (N,) indices into the schedule, embeds (2, N, L, D) -> (N, C, H, W) float32"""
+    output = unet(torch.cat([latents, latents]), schedule.timesteps[step].repeat(2), embeds.flatten(0, 1)).sample
+    noise_pred_uncond, noise_pred_text = output.float().chunk(2)
+    noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)
+    if schedule.prediction_type == "v_prediction":
+        abar = schedule.alphas_cumprod[step].view(-1, 1, 1, 1)
+        noise_pred = abar.sqrt() * noise_pred + (1 - abar).sqrt() * latents
+    return noise_pred
+
+def ddpm_step(noise_pred, latents, step, schedule, noise):
+    """One step of the chain: draws x_{t-1} with `noise`. noise_pred, latents, noise (N, C, H, W) float32, step (N,)."""
+    abar, alpha, beta, sigma = schedule.tables[:, step, None, None, None]
+    return (latents - beta / (1 - abar).sqrt() * noise_pred) / alpha.sqrt() + sigma * noise
+
+@torch.no_grad()
+def sample_images(unet, embeds, noise, schedule, args):
+    """Run the policy (line 8). embeds (2, N, L, D), noise (N, T + 1, C, H, W): first the initial latent's.
+    Returns latents (N, T + 1, C, H, W) float32, x_T first and x_0 last."""
+    noise = noise.to(args.device)
+    latents, n = [noise[:, 0]], args.micro_batch
+    for i in range(args.num_steps):
+        step = torch.full((len(noise),), i, device=args.device)
+        parts = zip(latents[-1].split(n), step.split(n), embeds.split(n, 1))
+        noise_pred = torch.cat([predict_noise(unet, *part, schedule, args.guidance_scale) for part in parts])
+        latents.append(ddpm_step(noise_pred, latents[-1], step, schedule, noise[:, i + 1]))
+    return torch.stack(latents, 1)
+
+@torch.no_grad()
+def embed_prompts(pipe, prompts, cache, args):
+    """Text embeddings (2, N, L, D) of N empty prompts and of the prompts; each one is encoded once."""
+    for prompt in {"", *prompts} - cache.keys():
+        cache[prompt] = pipe.encode_prompt(prompt, args.device, 1, False)[0][0]
+    return torch.stack([torch.stack([cache[""]] * len(prompts)), torch.stack([cache[p] for p in prompts])])
+
+@torch.no_grad()
+def decode(vae, latents):
+    """Latents (N, C, H, W) -> the pictures that are scored and shown, uint8 ndarray (N, H, W, 3)."""
+    latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+    images = torch.cat([vae.decode(few).sample for few in latents.split(4)])
+    return ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+def make_generator(*key):
+    """Generator for a key (seed, iteration, sample, purpose); on the CPU, for the same numbers on every device."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+# ---- algorithm ----
+
+def compute_weights(rewards, prompts, args):
+    """Softmax of beta * reward over the samples of the same prompt (lines 11-17).
+    rewards (N,), prompts list of N -> weights (N,) float64 and info: the effective number of samples of a prompt."""
+    logits = args.beta * torch.tensor(np.asarray(rewards, dtype=np.float64)).expand(len(prompts), -1)
+    same = torch.tensor([[other == prompt for other in prompts] for prompt in prompts])
+    weights = logits.masked_fill(~same, -torch.inf).softmax(1)  # (N, N): row i has the weights of i's peers
+    return weights.diagonal().numpy(), {"effective_samples": float((1 / weights.square().sum(1)).mean())}
+
+def add_noise(latents, noise, t, schedule):
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (line 24). latents, noise (n, C, H, W); t (n,) of training."""
+    abar = schedule.training.alphas_cumprod[t].view(-1, 1, 1, 1)
+    return abar.sqrt() * latents + (1 - abar).sqrt() * noise
+
+def compute_loss(noise_pred, noise, pairs, args):
+    """Weighted denoising loss (lines 28-29). noise_pred, noise (n, C, H, W); pairs: weights (n,).
+    Returns the loss (n,) and info, a dict of (n,)."""
+    mse = (noise - noise_pred).square().mean((1, 2, 3))
+    return pairs["weights"] * mse, {"mse": mse}
+
+def accumulate_gradients(unet, data, samples, schedule, args, scaler):
+    """Adds the gradient of the mean loss over all (sample, draw) pairs of `samples`, micro_batch pairs at a time.
+    data: latents (N, C, H, W), embeds (2, N, L, D), weights (N,), and the draws, timesteps (N, D) and noise
+    (N, D, C, H, W); samples (n,) indices into them. A weight of 0 has no gradient and is left out.
+    Returns the loss and compute_loss's info, means over all pairs; or {} where every weight is 0."""
+    indices, totals = torch.cartesian_prod(samples, torch.arange(args.num_steps, device=samples.device)), {}
+    count, indices = len(indices), indices[data["weights"][indices[:, 0]] > 0]  # (pairs, 2)
+    for i, k in (few.T for few in indices.split(args.micro_batch) if len(few)):
+        t, noise = data["timesteps"][i, k], data["noise"][i, k]
+        latents = add_noise(data["latents"][i], noise, t, schedule)
+        noise_pred = predict_noise(unet, latents, t, data["embeds"][:, i], schedule.training, args.guidance_scale)
+        loss, info = compute_loss(noise_pred, noise, {"weights": data["weights"][i]}, args)
+        scaler.scale(loss.sum() / count).backward()
+        for name, x in {"loss": loss, **info}.items():
+            totals[name] = totals.get(name, 0.0) + x.detach().sum()
+    return {name: float(x) / (count if name == "loss" else len(indices)) for name, x in totals.items()}
+
+# ---- files ----
+
+def save_checkpoint(run, unet, params, optimizer, state, args):
+    """state.safetensors for --resume (weights, AdamW's moments, the JSON-able `state`), renamed once whole; and the
+    result, lora/ or unet/, for diffusers. Raises FloatingPointError rather than save weights that are not finite."""
+    if not all(p.isfinite().all() for p in params.values()):
+        raise FloatingPointError(f"the weights are not finite; {run}/checkpoint holds the last good ones")
+    tensors = {f"param.{name}": p for name, p in params.items()}
+    tensors |= {f"{k}.{name}": v for name, p in params.items() for k, v in optimizer.state.get(p, {}).items()}
+    (run / "checkpoint").mkdir(exist_ok=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    save_file(tensors, run / "checkpoint/state.tmp", metadata={"state": json.dumps(state)})
+    os.replace(run / "checkpoint/state.tmp", run / "checkpoint/state.safetensors")
+    if args.lora_rank:
+        layers = diffusers.utils.convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(unet))
+        StableDiffusionPipeline.save_lora_weights(run / "lora", unet_lora_layers=layers)
+    else:
+        unet.save_pretrained(run / "unet")
+
+def load_checkpoint(run, params, optimizer):
+    """Restores in place what save_checkpoint wrote; returns its `state`."""
+    with safe_open(run / "checkpoint/state.safetensors", "pt") as file:
+        for key in file.keys():
+            kind, name = key.split(".", 1)
+            p, tensor = params[name], file.get_tensor(key)
+            if kind == "param":
+                p.data.copy_(tensor)
+            else:  # AdamW keeps its step count on the CPU
+                optimizer.state[p][kind] = tensor if kind == "step" else tensor.to(p.device)
+        return json.loads(file.metadata()["state"])
+
+def save_images(path, images, rows):
+    """images uint8 (N, H, W, 3) -> one PNG of so many rows, at most 2048 pixels wide."""
+    grid = np.concatenate([np.concatenate(row, 1) for row in np.split(images, rows)])
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(grid).resize([x * min(2048, grid.shape[1]) // grid.shape[1] for x in grid.shape[1::-1]]).save(path)
+
+def evaluate(pipe, run, iteration, prompts, score, alignment, cache, schedule, shape, args):
+    """Up to 16 fixed prompts, two fixed noises each: writes the grid and the trajectory strip, returns the metrics."""
+    few = [prompts[i] for i in np.linspace(0, len(prompts) - 1, min(16, len(prompts))).astype(int)] * 2 + ["elephant"]
+    noise = [torch.randn((args.num_steps + 1, *shape), generator=make_generator(0, 0, i, 1)) for i in range(len(few))]
+    embeds = embed_prompts(pipe, few, cache, args)
+    latents = sample_images(pipe.unet, embeds, torch.stack(noise), schedule, args)
+    marks = [1] + [max(1, k * args.num_steps // 5) for k in range(1, 6)]  # steps 0 9 19 29 39 49 of 50, as in Figure 4
+    save_images(run / f"trajectory/{iteration:04d}.png", decode(pipe.vae, latents[-1, marks]), 1)
+    images, few = decode(pipe.vae, latents[:-1, -1]), few[:-1]
+    save_images(run / f"images/{iteration:04d}.png", images, 2)
+    first, second = np.split(images / 255, 2)
+    diversity = np.sqrt(((first - second) ** 2).mean((1, 2, 3))).mean()
+    metrics = {"eval_reward": float(score(images, few)[0].mean()), "eval_diversity": float(diversity)}
+    return metrics | ({"eval_align": float(np.mean(alignment(images, few)))} if alignment else {})
+
+# ---- start ----
+
+def load_prompts(name):
+    """The list of prompts behind --prompts. Raises OSError for a file that is missing, ValueError for an empty one."""
+    if name == "imagenet":
+        from torchvision.models import ResNet50_Weights
+
+        return ResNet50_Weights.DEFAULT.meta["categories"][:398]
+    lines = ANIMALS if name == "animals" else Path(name).read_text(encoding="utf-8").splitlines()
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts {name}: the file is empty; write one prompt a line")
+    return prompts
+
+def resolve(args):
+    """Check the arguments and settle those that depend on machine and model, in place; no weights are loaded yet.
+    Returns the schedule and the shape of a latent, (C, H, W). Raises ValueError, or diffusers' OSError."""
+    positive = "lr iterations num_samples num_steps num_updates save_every adv_clip clip_range beta samples_per_prompt"
+    for name in positive.split():
+        if not getattr(args, name, 1) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
+    if min(args.seed, args.micro_batch, args.lora_rank or 0, *args.adam_betas) < 0 or max(args.adam_betas) >= 1:
+        raise ValueError(f"--seed {args.seed}, --micro-batch, --lora-rank or --adam-betas: negative, or a beta over 1")
+    if args.num_samples % args.num_updates:
+        raise ValueError(f"--num-samples {args.num_samples}: not {args.num_updates} equal shares (--num-updates)")
+    if args.num_samples % args.samples_per_prompt:
+        raise ValueError(f"--num-samples {args.num_samples}: not a multiple of {args.samples_per_prompt} per prompt")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.zeros(1, device=args.device)  # RuntimeError or AssertionError for a device that is not there
+    on_gpu, why = args.device.startswith("cuda"), "as asked for"
+    if args.model == "auto":
+        args.model, why = os.path.relpath(HERE / "models/emoji"), "Stable Diffusion on a CPU takes hours an iteration"
+        if on_gpu:
+            args.model, why = "CompVis/stable-diffusion-v1-4", "there is a GPU"
+    if args.precision == "auto":  # emulated bf16 is slower than fp16
+        bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = "bf16" if bf16 else "fp16" if on_gpu else "fp32"
+    try:
+        kind = StableDiffusionPipeline.load_config(args.model)["_class_name"]
+    except OSError as error:
+        message = f"--model {args.model}: no folder with a model_index.json, and not on the hub, or no network"
+        raise ValueError(f"{message}; --model {os.path.relpath(HERE / 'models/emoji')} needs none") from error
+    if kind != "StableDiffusionPipeline":
+        raise ValueError(f"--model {args.model}: a {kind}; only StableDiffusionPipeline (1.x and 2.x) works")
+    unet_config = UNet2DConditionModel.load_config(args.model, subfolder="unet")
+    scheduler = DDIMScheduler.from_pretrained(args.model, subfolder="scheduler")
+    limit = scheduler.config.num_train_timesteps - scheduler.config.steps_offset
+    if args.num_steps > limit:
+        raise ValueError(f"--num-steps {args.num_steps}: the scheduler has {limit}")
+    with torch.device("meta"):
+        size = sum(p.numel() for p in UNet2DConditionModel.from_config(unet_config).parameters())
+    if args.lora_rank is None:
+        args.lora_rank = 4 if size >= 50e6 else 0
+    shape = (unet_config["in_channels"], unet_config["sample_size"], unet_config["sample_size"])
+    args.micro_batch = args.micro_batch or max(1, min(64, 2**17 // int(np.prod(shape))))  # 8 for Stable Diffusion
+    trained = f"LoRA rank {args.lora_rank} on attention" if args.lora_rank else "full fine-tuning"
+    print(f"{args.model} on {args.device} in {args.precision} ({why}); UNet of {size / 1e6:.1f} M, {trained}")
+    samples, steps, updates = args.num_samples, args.num_steps, args.num_updates
+    print(f"{samples} samples = {samples // updates} x {updates} updates; {steps} steps; ", end="")
+    print(f"{samples // updates * steps} pairs an update in microbatches of {args.micro_batch}")
+    return make_schedule(scheduler, args.num_steps, args.device), shape
+
+def open_run(args, script):
+    """Make the run folder, or check the one of --resume; returns its path. Raises ValueError or OSError."""
+    if args.resume:
+        run, free = Path(args.resume), {"resume", "iterations", "out", "save_every", "track", "device", "micro_batch"}
+        if not (run / "args.json").exists() or not (run / "checkpoint/state.safetensors").exists():
+            raise ValueError(f"--resume {run}: no run with a checkpoint")
+        old, new = json.loads((run / "args.json").read_text()), json.loads(json.dumps(asdict(args)))
+        if old["script"] != script:
+            raise ValueError(f"--resume {run}: a run of {old['script']}.py, not of {script}.py")
+        for name in sorted(new.keys() - free):
+            if old["args"].get(name) != new[name]:
+                raise ValueError(f"--resume {run}: was started with {name} {old['args'].get(name)}, not {new[name]}")
+        return run
+    reward = re.sub(r"[^\w.+-]+", "_", Path(args.reward).name)
+    run = Path(args.out) / f"{script}__{reward}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run.mkdir(parents=True)
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=HERE, capture_output=True, text=True).stdout.strip()
+    versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, peft, np)}
+    about = {"script": script, "args": asdict(args), "command": shlex.join(sys.argv), "git": git, "versions": versions}
+    about["gpu"] = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None
+    (run / "args.json").write_text(json.dumps(about, indent=2))
+    for file in (Path(__file__), HERE / "rewards.py"):
+        shutil.copy(file, run)
+    return run
+
+def load_model(args):
+    """The pipeline, and the trainable parameters of its UNet by name, float32."""
+    safety = {"safety_checker": None, "requires_safety_checker": False}
+    pipe = StableDiffusionPipeline.from_pretrained(args.model, use_safetensors=True, **safety)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    unet, rank = pipe.to(args.device, torch.float32).unet.requires_grad_(not args.lora_rank), args.lora_rank
+    if rank:
+        torch.manual_seed(args.seed)
+        lora = {"r": rank, "lora_alpha": rank, "init_lora_weights": "gaussian"}
+        unet.to(dtype).add_adapter(peft.LoraConfig(**lora, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    params = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    for p in params.values():
+        p.data = p.data.float()
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet.forward = torch.autocast(torch.device(args.device).type, dtype, args.precision != "fp32")(unet.forward)
+    if args.compile:
+        unet.compile()
+    return pipe, params
+
+def finish(run, rows, args):
+    """Write before_after.png (same prompts, same noise), print what was reached and how to go on; returns the run."""
+    grids = sorted((run / "images").glob("*.png"))
+    grids = [np.asarray(Image.open(path)) for path in (grids[0], grids[-1])]
+    Image.fromarray(np.concatenate([grid[: len(grid) // 2] for grid in grids])).save(run / "before_after.png")
+    before, after, done = rows[0]["eval_reward"], rows[-1]["eval_reward"], rows[-1]["iteration"]
+    print(f"{args.reward}: {before:.3f} -> {after:.3f} on fixed prompts and noise, {done} iterations; see {run}")
+    if done < args.iterations:
+        words = [word for word in sys.argv if word not in ("--resume", args.resume)]
+        print("go on with: python", shlex.join(words), "--resume", run)
+    return run
+
+@contextmanager
+def one_line(*kinds):
+    """What a user can mend ends in one line and exit code 2, not in a traceback."""
+    try:
+        yield
+    except kinds as error:
+        print("error:", str(error).strip().splitlines()[0], file=sys.stderr)
+        sys.exit(2)
+
+@one_line(RewardError)
+def main(args):
+    script, cache, stop = Path(__file__).stem, {}, []
+    with one_line(ValueError, OSError, RuntimeError, AssertionError):
+        prompts = load_prompts(args.prompts)
+        schedule, shape = resolve(args)
+        score = load_reward(args.reward, args.device, f"{args.model}/clip")
+        alignment = load_alignment(args.reward, args.device, f"{args.model}/clip")
+        run = open_run(args, script)
+        pipe, params = load_model(args)
+        adam = {"betas": args.adam_betas, "eps": args.adam_eps, "weight_decay": args.weight_decay}
+        optimizer = torch.optim.AdamW(params.values(), args.lr, **adam)
+    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
+    state = {"rows": [], "skipped": 0, "scaler": scaler.state_dict()}
+    if args.resume:
+        state = load_checkpoint(run, params, optimizer)
+        scaler.load_state_dict(state["scaler"])
+    else:  # row 0 is the pretrained model
+        metrics = evaluate(pipe, run, 0, prompts, score, alignment, cache, schedule, shape, args)
+        state["rows"].append({"iteration": 0, "samples": 0, **metrics})
+    rows, done = state["rows"], state["rows"][-1]["iteration"]
+    if args.track:
+        import wandb
+
+        wandb.init(project="ddpo", name=run.name, id=run.name, resume="allow", config=asdict(args))
+        wandb.log(rows[-1], step=done)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.append(True))
+    bar = tqdm(total=args.iterations, initial=done, desc=script, disable=not sys.stderr.isatty())
+    for iteration in range(done + 1, args.iterations + 1):
+        # ---- sample ----
+        clock = [time.time()]
+        generators = [make_generator(args.seed, iteration, i, 0) for i in range(args.num_samples)]
+        firsts = generators[:: args.samples_per_prompt]
+        batch_prompts = [prompts[torch.randint(len(prompts), (), generator=g)] for g in firsts]
+        batch_prompts = np.repeat(batch_prompts, args.samples_per_prompt).tolist()
+        noise = torch.stack([torch.randn((args.num_steps + 1, *shape), generator=g) for g in generators])
+        embeds = embed_prompts(pipe, batch_prompts, cache, args)
+        latents = sample_images(pipe.unet, embeds, noise, schedule, args)[:, -1]
+        images = decode(pipe.vae, latents)
+        clock.append(time.time())
+        # ---- reward ----
+        rewards, parts = score(images, batch_prompts)
+        clock.append(time.time())
+        # ---- train ----
+        weights, weights_info = compute_weights(rewards, batch_prompts, args)
+        data = {"latents": latents, "embeds": embeds, "weights": torch.tensor(weights).to(latents)}
+        noise = [torch.randn((args.num_steps, *shape), generator=g) for g in generators]  # as many draws as steps
+        total = len(schedule.training.timesteps)
+        timesteps = torch.stack([torch.randint(total, (args.num_steps,), generator=g) for g in generators])
+        data |= {"noise": torch.stack(noise).to(latents), "timesteps": timesteps.to(args.device)}
+        updates = []  # the samples are independent, so that equal shares need no shuffle
+        for samples in torch.arange(args.num_samples, device=args.device).chunk(args.num_updates):
+            while True:
+                try:
+                    optimizer.zero_grad()
+                    info = accumulate_gradients(pipe.unet, data, samples, schedule, args, scaler)
+                    break
+                except torch.OutOfMemoryError:
+                    args.micro_batch //= 2
+                    if args.micro_batch == 0:
+                        sys.exit("out of memory at --micro-batch 1: try --gradient-checkpointing or --precision bf16")
+                    print(f"out of memory: the update is redone with microbatches of {args.micro_batch}")
+            if not info:
+                print(f"iteration {iteration}: no sample of an update has a weight: it is skipped")
+                continue
+            scaler.unscale_(optimizer)
+            info["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(params.values(), args.max_grad_norm))
+            finite = bool(np.isfinite(info["loss"] + info["grad_norm"]))
+            state["skipped"] = 0 if finite else state["skipped"] + 1
+            if finite:
+                scaler.step(optimizer)
+            elif state["skipped"] == 10:
+                sys.exit("10 updates in a row had a loss or gradient that is not finite: lower --lr or use fp32")
+            scaler.update()
+            updates.append(info | {"skipped": int(not finite)})
+        metrics = {name: float(np.mean([info[name] for info in updates])) for name in (updates or [{}])[0]}
+        metrics |= weights_info
+        clock.append(time.time())
+        # ---- log ----
+        row = {"iteration": iteration, "samples": iteration * args.num_samples}
+        row |= {"reward_mean": float(rewards.mean()), "reward_std": float(rewards.std())}
+        row |= {f"reward_{name}": float(part.mean()) for name, part in parts.items() if len(parts) > 1}
+        row |= metrics | dict(zip(("sample_s", "reward_s", "train_s"), np.diff(clock).tolist()))
+        row["images_per_s"] = args.num_samples / row["sample_s"]
+        on_gpu = args.device.startswith("cuda")
+        row["peak_mem_gb"] = (torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss) / 1e9
+        last = iteration == args.iterations or bool(stop)
+        if last or iteration % args.save_every == 0:
+            row |= evaluate(pipe, run, iteration, prompts, score, alignment, cache, schedule, shape, args)
+        rows.append(row)
+        with open(run / "metrics.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+        if "eval_reward" in row:
+            state["scaler"] = scaler.state_dict()
+            save_checkpoint(run, pipe.unet, params, optimizer, state, args)
+        if args.track:
+            wandb.log(row, step=iteration)
+        left = (time.time() - clock[0]) * (args.iterations - iteration) / 60
+        line = f"{iteration}/{args.iterations}: reward {row['reward_mean']:.3f} +- {row['reward_std']:.3f}"
+        bar.write(f"iteration {line}, {clock[-1] - clock[0]:.1f} s, {left:.0f} min left")
+        sys.stdout.flush()
+        bar.update()
+        if last:  # not `stop`, which may have come after the saving
+            break
+    bar.close()
+    return finish(run, rows, args)
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
