@@ -10,7 +10,7 @@ The stages, each resumable and skipped once it is done:
     vae      AutoencoderTiny, f = 8, 12 latent channels: (3, 64, 64) <-> (12, 8, 8)
     unet     UNet2DConditionModel and CLIPTextModel together, min-SNR weighted noise prediction
     decoder  the VAE's decoder alone, longer and on animals only: sharper pictures from the same latents
-    clip     a tiny open_clip model on the same drawings, first with one emoji set held out, then on all of them
+    clip     a tiny open_clip model on animals and all other emoji, first with one emoji set held out, then on all
     export   float16 safetensors as a diffusers StableDiffusionPipeline folder
     samples  46 prompts x 4 seeds, their CLIP ranks, the model card
 
@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import tarfile
 import time
@@ -72,27 +73,27 @@ class Args:
     seed: int = 0
     """seed of the pictures, the initial weights and the batches"""
     pictures: int = 40_000
-    """number of composed animal pictures; a quarter as many of other emoji are added for the VAE only"""
+    """number of composed animal pictures; a quarter as many of other emoji are added for the VAE"""
     vae_steps: int = 3_000
     """optimiser steps of the VAE, batch 16 (0.25 s each on 2 cores)"""
     unet_steps: int = 15_000
     """optimiser steps of UNet and text encoder, batch 64 (0.2 s each on 2 cores)"""
     decoder_steps: int = 2_000
     """optimiser steps of the decoder alone, batch 16 (0.2 s each on 2 cores)"""
-    clip_steps: int = 4_000
-    """optimiser steps of each of the two CLIPs; a batch is one picture of each of the 46 animals"""
+    clip_steps: int = 5_000
+    """optimiser steps of each of the two CLIPs (0.45 s each on one core)"""
     held_out: str = "twemoji"
     """emoji set kept from the training of the CLIP whose held-out accuracy is reported"""
 
 # ---- data ----
 
 def fetch_drawings(work):
-    """Download and rasterise the six sets. Saves drawings.npz: rgba (N, 128, 128, 4) uint8, names (N,) with "" for
-    other emoji, sets (N,)."""
+    """Download and rasterise the six sets. Saves drawings.npz: rgba (N, 128, 128, 4) and small (N, 64, 64, 4) uint8,
+    names (N,) with "" for emoji other than the animals, icons (N,), their names in the set, and sets (N,)."""
     import resvg_py  # only pretraining needs it
 
-    rgba, names, sets = [], [], []
-    label = {icon: name for name, icons in DRAWINGS.items() for icon in icons.split()}
+    pictures, icons, sets = {128: [], 64: []}, [], []
+    label = {icon: name for name, few in DRAWINGS.items() for icon in few.split()}
     for emoji_set in EMOJI_SETS:
         package = f"@iconify-json/{emoji_set}"
         found = list(work.glob(f"iconify-json-{emoji_set}-[0-9]*.tgz"))
@@ -101,24 +102,25 @@ def fetch_drawings(work):
             found = list(work.glob(f"iconify-json-{emoji_set}-[0-9]*.tgz"))
         with tarfile.open(found[0]) as tar:
             data = json.load(tar.extractfile("package/icons.json"))
-        icons = data["icons"]
-        # every animal, and one in eight of the rest; skin tones and families would be hundreds of copies
-        rest = [k for k in icons if k not in label and "skin-tone" not in k and not k.endswith(("-dark", "-light"))]
-        for icon in tqdm([k for k in icons if k in label] + rest[::8], desc=f"rasterise {emoji_set}"):
-            width = icons[icon].get("width", data.get("width", 16))
-            height = icons[icon].get("height", data.get("height", 16))
+        # without skin tones, families and flags, which would be hundreds of near copies
+        skip = re.compile(r".*skin-tone|.*-(dark|light|medium)$|flag-")
+        kept = {k: icon for k, icon in data["icons"].items() if k in label or not skip.match(k)}
+        for name, icon in tqdm(kept.items(), desc=f"rasterise {emoji_set}"):
+            width, height = (icon.get(side, data.get(side, 16)) for side in ("width", "height"))
             svg = (
                 '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-                f'viewBox="0 0 {width} {height}">{icons[icon]["body"]}</svg>'
+                f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
             )
-            png = resvg_py.svg_to_bytes(svg_string=svg, width=128, height=128)
-            picture = Image.open(BytesIO(bytes(png))).convert("RGBA")
-            square = Image.new("RGBA", (128, 128))
-            square.paste(picture, ((128 - picture.width) // 2, (128 - picture.height) // 2))
-            rgba.append(np.asarray(square))
-            names.append(label.get(icon, ""))
+            for size in pictures:
+                png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size)
+                picture, square = Image.open(BytesIO(bytes(png))).convert("RGBA"), Image.new("RGBA", (size, size))
+                square.paste(picture, ((size - picture.width) // 2, (size - picture.height) // 2))
+                pictures[size].append(np.asarray(square))
+            icons.append(name)
             sets.append(emoji_set)
-    np.savez(work / "drawings.npz", rgba=np.stack(rgba), names=np.array(names), sets=np.array(sets))
+    names = np.array([label.get(icon, "") for icon in icons])
+    arrays = {"rgba": np.stack(pictures[128]), "small": np.stack(pictures[64]), "names": names}
+    np.savez(work / "drawings.npz", icons=np.array(icons), sets=np.array(sets), **arrays)
 
 def background(rng):
     """A 64 x 64 RGB picture, 74 % plain, 20 % gradient, 6 % patterned, and the word a caption may use for it."""
@@ -147,49 +149,38 @@ def background(rng):
                 draw.ellipse([i + step // 4, j + step // 4, i + step * 3 // 4, j + step * 3 // 4], fill=other)
     return (picture.rotate(90) if rng.random() < 0.5 else picture), f"{kind} {word}"
 
-def compose(drawing, name, rng, strong=False):
-    """Put one RGBA drawing on a background, a little flipped, scaled, turned and shifted. Returns (picture, caption).
-    `strong` is the CLIP's augmentation: wider, with colour jitter, so that it does not judge by the UNet's habits."""
+def compose(drawing, name, rng):
+    """Put one RGBA drawing on a background, a little flipped, scaled, turned, shifted. Returns (picture, caption)."""
     picture, word = background(rng)
     drawing = Image.fromarray(drawing)
     if rng.random() < 0.5:
         drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    size = int(rng.integers(44, 65) if strong else rng.integers(54, 61))
-    angle = rng.normal(0, 8 if strong else 2.5)
+    size, angle = int(rng.integers(54, 61)), rng.normal(0, 2.5)
     drawing = drawing.resize((size, size), Image.Resampling.LANCZOS).rotate(angle, Image.Resampling.BICUBIC)
-    room = 64 - size
-    if strong:
-        pixels = np.asarray(drawing).astype(np.float32)
-        gain, lift = rng.uniform(0.7, 1.3) * rng.uniform(0.85, 1.15, 3), rng.uniform(-25, 25)
-        pixels[..., :3] = pixels[..., :3] * gain + lift
-        drawing = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-        x, y = rng.integers(-3, room + 4, 2)
-    else:
-        x, y = np.clip(np.round(room / 2 + rng.normal(0, 1, 2)), -2, room + 2).astype(int)
+    x, y = np.clip(np.round((64 - size) / 2 + rng.normal(0, 1, 2)), -2, 66 - size).astype(int)
     picture.paste(drawing, (int(x), int(y)), drawing)
     article = "an" if name[:1] in "aeiou" else "a"
     caption = rng.choice([name, f"{article} {name}", f"{name} on a {word} background"], p=[0.6, 0.15, 0.25])
     return np.asarray(picture), caption
 
 def compose_chunk(job):
-    """One worker's share: (drawings, names, choices, seed, strong) -> (pictures uint8 (N, 64, 64, 3), captions)."""
-    rgba, names, choices, seed, strong = job
+    """One worker's share: (drawings, names, seed) -> (pictures uint8 (N, 64, 64, 3), captions)."""
+    rgba, names, seed = job
     rng = np.random.default_rng(seed)
-    pairs = [compose(rgba[i], names[i], rng, strong) for i in choices]
+    pairs = [compose(drawing, name, rng) for drawing, name in zip(rgba, names)]
     return np.stack([picture for picture, _ in pairs]), [str(caption) for _, caption in pairs]
 
-def compose_pictures(work, name, candidates, count, seed, strong=False):
+def compose_pictures(work, name, candidates, count, seed):
     """Compose `count` pictures of the drawings `candidates`, every animal equally often, into NAME.npy + NAME.json."""
     data = np.load(work / "drawings.npz")
+    rgba, names = data["rgba"], data["names"]
     rng = np.random.default_rng(seed)
-    names = data["names"]
     groups = [candidates[names[candidates] == n] for n in sorted(set(names[candidates]))]
     choices = np.array([rng.choice(groups[i % len(groups)]) for i in range(count)])
     rng.shuffle(choices)
-    rgba = data["rgba"]
-    jobs = [(rgba, names, part, (seed, k), strong) for k, part in enumerate(np.array_split(choices, 64))]
+    jobs = ((rgba[part], names[part], (seed, k)) for k, part in enumerate(np.array_split(choices, 64)))
     with Pool() as pool:
-        parts = list(tqdm(pool.imap(compose_chunk, jobs), total=len(jobs), desc=f"compose {name}"))
+        parts = list(tqdm(pool.imap(compose_chunk, jobs), total=64, desc=f"compose {name}"))
     np.save(work / f"{name}.npy", np.concatenate([pictures for pictures, _ in parts]))
     captions = [caption for _, part in parts for caption in part]
     (work / f"{name}.json").write_text(json.dumps({"captions": captions, "drawings": choices.tolist()}))
@@ -205,7 +196,7 @@ def make_data(work, args):
 
 # ---- training, shared by the three models ----
 
-def fit(name, work, params, steps, lr, batch_size, count, loss_fn, seed, ema_decay=0.999, save_every=250):
+def fit(name, work, params, steps, lr, batch_size, count, loss_fn, seed, weight_decay=1e-2, ema_decay=0.999):
     """AdamW with warm-up and cosine decay on the dict of parameters `params`; leaves their moving average in place.
 
     Batches and noise depend on (seed, step) alone and all state is in WORK/NAME.safetensors, so that an interrupted
@@ -213,7 +204,7 @@ def fit(name, work, params, steps, lr, batch_size, count, loss_fn, seed, ema_dec
     path = work / f"{name}.safetensors"
     values = list(params.values())
     ema = [p.detach().clone() for p in values]
-    optimizer = torch.optim.AdamW(values, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(values, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     first, spent, start = 0, 0.0, time.time()
     if path.exists():
         state = load_file(path)
@@ -239,7 +230,7 @@ def fit(name, work, params, steps, lr, batch_size, count, loss_fn, seed, ema_dec
         torch._foreach_lerp_(ema, [p.detach() for p in values], 1 - decay)
         average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
         bar.set_postfix(loss=f"{average:.4f}", lr=f"{rate:.1e}", refresh=False)
-        if (step + 1) % save_every == 0 or step + 1 == steps:
+        if (step + 1) % 250 == 0 or step + 1 == steps:
             state = {"step": torch.tensor(step + 1), "seconds": torch.tensor(spent + time.time() - start)}
             for i, key in enumerate(params):
                 state |= {f"param.{key}": values[i].data, f"ema.{key}": ema[i]}
@@ -431,49 +422,85 @@ def make_clip(folder, tokenizer):
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
     return open_clip.create_model(f"local-dir:{folder}", load_weights=False)
 
-def distort(x, generator):
-    """What separates a drawing from a generated picture must not matter: blur, noise, grey, swapped colours."""
+def augment(drawings, generator):
+    """Composes RGBA drawings uint8 (N, 4, 64, 64) into pictures (N, 3, 64, 64) in [-1, 1], other ones every time.
+
+    What separates one emoji set from another, or a drawing from a generated picture, must not matter: pose, palette,
+    sharpness, noise. Wider than the UNet's pictures, so that the CLIP does not judge by their habits."""
+    n = len(drawings)
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)
 
     def some(p):
-        return torch.rand(len(x), 1, 1, 1, generator=generator) < p
+        return (torch.rand(n, 1, 1, 1, generator=generator) < p).float()
 
-    blurred = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
-    coarse = F.interpolate(F.avg_pool2d(x, 4), scale_factor=4, mode="bilinear")
-    x = torch.where(some(0.4), blurred, torch.where(some(0.1), coarse, x))
-    x = torch.where(some(0.1), x.mean(1, keepdim=True), x)
-    x = torch.where(some(0.1), x[:, torch.randperm(3, generator=generator)], x)
-    return x + some(0.3) * 0.1 * torch.randn(x.shape, generator=generator)
+    def normal(*shape):
+        return torch.randn(n, *shape, generator=generator)
 
-def train_clip(name, work, args, tokenizer, drawings, folder):
-    """One picture of each animal a batch, so that no two captions of a batch mean the same (CLIP's loss otherwise)."""
-    if not (work / f"{name}_pictures.json").exists():
-        compose_pictures(work, f"{name}_pictures", drawings, 46 * 600, args.seed + 2, strong=True)
-    pictures = np.load(work / f"{name}_pictures.npy", mmap_mode="r")
-    names = np.load(work / "drawings.npz")["names"]
-    labels = names[json.loads((work / f"{name}_pictures.json").read_text())["drawings"]]
-    members = [np.flatnonzero(labels == n) for n in NAMES]
+    x = drawings.float() / 255
+    x = torch.cat([x[:, :3] * x[:, 3:], x[:, 3:]], 1)  # premultiplied, so that edges do not bleed
+    angle, scale = normal() * math.radians(10), uniform(0.93, 1.35).flatten()
+    flip = (2 * some(0.5).flatten() - 1) * (1 + 0.06 * normal())
+    cos, sin, shift = angle.cos() * scale, angle.sin() * scale, 0.08 * normal(2)
+    matrix = torch.stack([torch.stack([cos * flip, -sin * flip, shift[:, 0]], 1)] * 2, 1)
+    matrix[:, 1] = torch.stack([sin, cos, shift[:, 1]], 1)
+    x = F.grid_sample(x, F.affine_grid(matrix, x.shape, align_corners=False), align_corners=False)
+    y, x_axis = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
+    colors = torch.tensor(list(COLORS.values()))[torch.randint(len(COLORS), (n,), generator=generator)] / 255
+    ground = colors[:, :, None, None] + 0.05 * normal(3, 1, 1)
+    ground = ground + some(0.4) * 0.12 * (normal(1, 1, 1) * x_axis + normal(1, 1, 1) * y)
+    # palette: a gain for each channel, sometimes channels swapped, sometimes towards grey
+    mix = torch.eye(3) * uniform(0.75, 1.25)[:, 0] * (1 + 0.15 * normal(1, 3))
+    swap = torch.eye(3)[torch.rand(n, 3, generator=generator).argsort(1)]
+    for amount, other in ((some(0.3), swap), (some(0.2), torch.full((3, 3), 1 / 3))):
+        amount = (amount * uniform(0, 1))[:, 0]
+        mix = mix @ ((1 - amount) * torch.eye(3) + amount * other)
+    rgb = torch.einsum("nij,njhw->nihw", mix, x[:, :3]) + x[:, 3:] * uniform(-0.1, 0.1)
+    x = (rgb + (1 - x[:, 3:]) * ground).clamp(0, 1) * 2 - 1
+    blurred, coarse = (F.interpolate(F.avg_pool2d(x, k), scale_factor=k, mode="bilinear") for k in (2, 4))
+    x = torch.lerp(x, blurred, some(0.35) * uniform(0.3, 1))
+    x = torch.lerp(x, coarse, some(0.07)) + some(0.3) * 0.1 * normal(3, 64, 64)
+    side = uniform(0, 0.3) * some(0.3)  # of a square that is erased
+    hole = ((y - uniform(-1, 1)).abs() < side) & ((x_axis - uniform(-1, 1)).abs() < side)
+    return torch.where(hole, uniform(-1, 1), x).clamp(-1, 1)
+
+def train_clip(name, work, args, tokenizer, allowed, folder):
+    """A batch has one picture of each animal and of 50 other emoji, all of different names: the image tower learns what
+    the drawings of a name have in common. `allowed` bool (N,) of drawings.npz. Saves an open_clip folder."""
+    data = np.load(work / "drawings.npz")
+    drawings, names, icons = torch.from_numpy(data["small"]).permute(0, 3, 1, 2), data["names"], data["icons"]
+    animals = [np.flatnonzero((names == n) & allowed) for n in NAMES]
+    others = [(kind, np.flatnonzero((icons == kind) & allowed)) for kind in sorted(set(icons[(names == "") & allowed]))]
     torch.manual_seed(args.seed)
     model = make_clip(folder, tokenizer)
-    texts = [[n, f"a{'n' if n[0] in 'aeiou' else ''} {n}", f"{n} on a white background"] for n in NAMES]
-    ids = torch.stack([tokenizer(t, padding="max_length", return_tensors="pt").input_ids for t in texts])
+    forms = ["{}", "a{n} {}", "{} on a white background"]
 
-    def loss_fn(indices, generator):
-        choice = [m[int(i) % len(m)] for m, i in zip(members, indices)]
-        caption = torch.randint(3, (46,), generator=generator)
-        x = distort(to_tensor(pictures[np.array(choice)]), generator)
-        image, text, scale = model(x, ids[torch.arange(46), caption])
-        logits = scale.clamp(max=50) * image @ text.T
-        target = torch.arange(46)
-        return (F.cross_entropy(logits, target, label_smoothing=0.05) + F.cross_entropy(logits.T, target)) / 2
+    def loss_fn(_, generator):
+        kinds = [others[i] for i in torch.randperm(len(others), generator=generator)[:50]]
+        groups = animals + [members for _, members in kinds]
+        pick = torch.rand(len(groups), generator=generator)
+        chosen = [members[int(p * len(members))] for members, p in zip(groups, pick)]
+        form = torch.randint(3, (46,), generator=generator).tolist()
+        texts = [forms[f].format(n, n="n" * (n[0] in "aeiou")) for n, f in zip(NAMES, form)]
+        texts += [kind.replace("-", " ") for kind, _ in kinds]
+        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        image, text, scale = model(augment(drawings[torch.tensor(chosen)], generator), ids)
+        logits, target = scale.clamp(max=50) * image @ text.T, torch.arange(len(groups))
+        loss = (F.cross_entropy(logits, target, label_smoothing=0.05) + F.cross_entropy(logits.T, target)) / 2
+        return loss + F.cross_entropy(logits[:46, :46], target[:46], label_smoothing=0.05) / 2  # as it is used
 
-    seconds = fit(name, work, dict(model.named_parameters()), args.clip_steps, 3e-3, 46, 10**6, loss_fn, args.seed)
+    params, options = dict(model.named_parameters()), {"weight_decay": 0.1, "ema_decay": 0.998}
+    seconds = fit(name, work, params, args.clip_steps, 2e-3, 1, 1, loss_fn, args.seed, **options)
     with torch.no_grad():  # the averaged weights want batch statistics of their own
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.reset_running_stats()
                 module.momentum = None
-        for k in range(40):
-            model.encode_image(to_tensor(pictures[k * 100 : (k + 1) * 100]))
+        generator = torch.Generator().manual_seed(args.seed)
+        for _ in range(40):
+            few = [members[0] for members in animals] + [members[0] for _, members in others[:50]]
+            model.encode_image(augment(drawings[torch.tensor(few)], generator))
     weights = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     save_file({k: v.contiguous() for k, v in weights.items()}, folder / "open_clip_model.safetensors")
     return seconds
@@ -493,7 +520,7 @@ def held_out_accuracy(work, args, tokenizer):
     """Train a CLIP without one emoji set and ask it for the drawings of that set, ten pictures each."""
     data = np.load(work / "drawings.npz")
     animal, kept = data["names"] != "", data["sets"] == args.held_out
-    seconds = train_clip("clip_held_out", work, args, tokenizer, np.flatnonzero(animal & ~kept), work / "clip_held_out")
+    seconds = train_clip("clip_held_out", work, args, tokenizer, ~kept, work / "clip_held_out")
     rng = np.random.default_rng(args.seed)
     drawings = np.repeat(np.flatnonzero(animal & kept), 10)
     rgba, names = data["rgba"], data["names"]
@@ -625,8 +652,8 @@ def main(args):
     seconds["decoder"] = refine_decoder(work, args, vae)
     if "clip" in todo:
         accuracy, n, seconds["held-out CLIP"] = held_out_accuracy(work, args, tokenizer)
-        animals = np.flatnonzero(np.load(work / "drawings.npz")["names"] != "")
-        seconds["CLIP"] = train_clip("clip", work, args, tokenizer, animals, out / "clip")
+        everything = np.ones(len(np.load(work / "drawings.npz")["names"]), bool)
+        seconds["CLIP"] = train_clip("clip", work, args, tokenizer, everything, out / "clip")
         facts |= {"accuracy": 100 * accuracy, "n": n, "held_out": args.held_out}
     if "export" in todo:
         x = to_tensor(np.load(work / "animals.npy", mmap_mode="r")[:400])
