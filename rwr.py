@@ -8,9 +8,9 @@ RWR: reward-weighted regression, denoising training on the policy's own samples,
 It knows the rewards of finished pictures only, not the steps that led there: what it maximises is an approximation.
 eps_hat is the guided prediction (lines 25-27). `diff rwr.py rwr_sparse.py`
 
-    python rwr.py --reward compress --lr 3e-4         on a CPU the 64 px emoji model, on a GPU Stable Diffusion v1.4
+    python rwr.py --reward compress --lr 1e-4         on a CPU the 64 px emoji model, on a GPU Stable Diffusion v1.4
     python rwr.py --reward incompress --iterations 20 --num-steps 20                                    a quick look
-    python rwr.py --reward compress --lr 3e-4 --resume runs/rwr__compress__s1__...            go on where it stopped
+    python rwr.py --reward compress --lr 1e-4 --resume runs/rwr__compress__s1__...            go on where it stopped
 
 The original DDPO code has beta 0.2 for Stable Diffusion and thousands of samples an iteration; the defaults here are
 tuned on the emoji model. With one sample a prompt every weight is 1 and nothing is learned.
@@ -83,7 +83,7 @@ class Args:
     guidance_scale: float = 5.0
     """classifier-free guidance, in sampling and in training (W_c)"""
     # optimisation
-    lr: float = 3e-4
+    lr: float = 1e-4
     """AdamW learning rate (eta)"""
     weight_decay: float = 1e-4
     """AdamW weight decay (lambda)"""
@@ -93,7 +93,7 @@ class Args:
     """AdamW epsilon"""
     max_grad_norm: float = 1.0
     """global gradient norm is clipped to this (C_clip)"""
-    num_updates: int = 2
+    num_updates: int = 1
     """gradient steps per iteration, each on its own equal share of the trajectories and all their steps (N_updates)"""
     micro_batch: int = 0
     """(sample, step) pairs per forward; changes memory and speed, not the gradient; 0 = choose"""

@@ -236,7 +236,7 @@ def test_bundled_clip_ranks_the_right_prompt_first_as_its_model_card_says():
     with torch.inference_mode():
         cosines = embed_images(tiles) @ embed_texts(pretrain.NAMES).T  # (184, 46)
     rate = 100 * (cosines.argmax(1) == torch.arange(46).repeat_interleave(4)).double().mean().item()
-    assert rate > 75 and abs(rate - float(promised[1])) < 1
+    assert rate > 80 and abs(rate - float(promised[1])) < 1
     images = np.stack([np.asarray(tile) for tile in tiles[:8]])
     values, _ = load_reward("clip", clip_folder=str(MODEL / "clip"))(images, ["cat"] * 8)
     np.testing.assert_allclose(values, 100 * cosines[:8, pretrain.NAMES.index("cat")], atol=1e-3)

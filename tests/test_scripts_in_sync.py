@@ -39,7 +39,7 @@ OWN = {
     "main/train",  # one to five lines
 }
 # fields of Args whose default is the algorithm's own
-OWN_DEFAULTS = {"num_samples", "num_updates", "lr"}
+OWN_DEFAULTS = {"num_updates", "lr"}
 # `diff A B | grep -c '^[<>]'`
 BUDGETS = {("ddpo_sf", "ddpo_is"): 45, ("ddpo_is", "ddpo_iskl"): 50, ("rwr", "rwr_sparse"): 52, ("ddpo_sf", "rwr"): 175}
 
