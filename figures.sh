@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# The exact commands behind every figure. Finished runs are skipped, unfinished ones resumed, so it can be interrupted.
+#
+#   ./figures.sh --dry-run        print the commands, run nothing
+#   ./figures.sh                  all runs on models/emoji, then the figures
+#   SEEDS="1 2" ITERATIONS=60 STEPS=20 JOBS=2 ./figures.sh        fewer, shorter, two at a time
+#   ./figures.sh --gpu            the paper's own setting: a GPU, Stable Diffusion v1.4 and the reward weights (5 GB)
+#
+# SEEDS (1 2 3 4 5), ITERATIONS (200), STEPS (50), JOBS (1), OUT (runs/figures), PYTHON (python)
+set -euo pipefail
+cd "$(dirname "$0")"
+SEEDS=${SEEDS:-1 2 3 4 5} ITERATIONS=${ITERATIONS:-200} STEPS=${STEPS:-50} JOBS=${JOBS:-1}
+OUT=${OUT:-runs/figures} PYTHON=${PYTHON:-python} DRY='' MODEL=models/emoji TASKS='compress incompress clip'
+for flag in "$@"; do
+  case $flag in
+    --dry-run) DRY=1 ;;
+    --gpu) MODEL=CompVis/stable-diffusion-v1-4 TASKS='compress incompress aesthetic' OUT=$OUT/gpu ;;
+    *) echo "unknown flag $flag: --dry-run and --gpu are all" >&2; exit 2 ;;
+  esac
+done
+
+# one line of SCRIPT REWARD SEED FLAGS -> its command, or nothing where that run is finished
+plan() {
+  local script=$1 reward=$2 seed=$3 folder rows
+  shift 3
+  local command="$PYTHON $script.py --reward $reward --seed $seed --model $MODEL --iterations $ITERATIONS"
+  command+=" --num-steps $STEPS --out $OUT/$script$(printf '%s' "$*" | tr -d ' ')${*:+/}"
+  command=${command%/}
+  folder=$(ls -d "${command##* }/${script}__${reward}__s${seed}__"* 2>/dev/null | tail -n 1 || true)
+  if [ -n "$folder" ] && [ -f "$folder/checkpoint/state.safetensors" ]; then
+    rows=$(($(wc -l <"$folder/metrics.csv") - 2)) # without the header and row 0
+    [ "$rows" -ge "$ITERATIONS" ] && return
+    command+=" --resume $folder"
+  fi
+  echo "$command${*:+ $*}"
+}
+
+commands() {
+  local seed task
+  for seed in $SEEDS; do
+    for task in $TASKS; do
+      for script in ddpo_sf ddpo_is ddpo_iskl; do plan $script "$task" "$seed"; done
+    done
+    plan ddpo_iskl incompress "$seed" --lr 3e-3 # Figure 3b, Table 1's bad learning rate
+  done
+  for seed in $(echo $SEEDS | cut -d' ' -f1-3); do
+    for task in compress incompress; do
+      for script in rwr rwr_sparse; do plan $script "$task" "$seed"; done
+    done
+  done
+}
+
+figures() {
+  echo "$PYTHON plot.py curves $OUT --out $OUT/curves.png"
+  echo "$PYTHON plot.py progress $OUT --out $OUT/progress.png"
+  echo "$PYTHON plot.py trajectory $OUT --out $OUT/trajectory.png"
+  echo "$PYTHON plot.py tradeoff $OUT --out $OUT/tradeoff.png"
+}
+
+if [ -n "$DRY" ]; then
+  commands
+  figures
+else
+  commands | xargs -P "$JOBS" -d '\n' -I{} bash -c '{}'
+  figures | bash -e
+fi
