@@ -290,6 +290,8 @@ def resolve(args):
     for name in positive.split():
         if not getattr(args, name, 1) > 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
+    if getattr(args, "kl_coef", 0) < 0:
+        raise ValueError(f"--kl-coef {args.kl_coef}: must be 0 or greater")
     if min(args.seed, args.micro_batch, args.lora_rank or 0, *args.adam_betas) < 0 or max(args.adam_betas) >= 1:
         raise ValueError(f"--seed {args.seed}, --micro-batch, --lora-rank or --adam-betas: negative, or a beta over 1")
     if args.num_samples % args.num_updates:

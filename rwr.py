@@ -281,12 +281,16 @@ def resolve(args):
     for name in positive.split():
         if not getattr(args, name, 1) > 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
+    if getattr(args, "kl_coef", 0) < 0:
+        raise ValueError(f"--kl-coef {args.kl_coef}: must be 0 or greater")
     if min(args.seed, args.micro_batch, args.lora_rank or 0, *args.adam_betas) < 0 or max(args.adam_betas) >= 1:
         raise ValueError(f"--seed {args.seed}, --micro-batch, --lora-rank or --adam-betas: negative, or a beta over 1")
     if args.num_samples % args.num_updates:
         raise ValueError(f"--num-samples {args.num_samples}: not {args.num_updates} equal shares (--num-updates)")
     if args.num_samples % args.samples_per_prompt:
         raise ValueError(f"--num-samples {args.num_samples}: not a multiple of {args.samples_per_prompt} per prompt")
+    if args.samples_per_prompt == 1:
+        raise ValueError("--samples-per-prompt 1: every weight would be 1 and nothing is learned; take 2 or more")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.zeros(1, device=args.device)  # RuntimeError or AssertionError for a device that is not there
