@@ -108,7 +108,7 @@ class Args:
     """trust region: the ratio is clipped to 1 +- this"""
     kl: Literal["squared", "exact"] = "exact"
     """penalty: squared difference of the log-probs as in Algorithm 5, or the KL divergence in closed form"""
-    kl_coef: float = 1.0
+    kl_coef: float = 0.01
     """weight of the penalty (lambda_KL); 0 is DDPO-IS, with kl_ref logged"""
 
 # ---- sampler ----

@@ -31,13 +31,11 @@ NAMES = {"ddpo_sf": "DDPO-SF", "ddpo_is": "DDPO-IS", "ddpo_iskl": "DDPO-ISKL", "
 COLOURS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#D55E00", "#F0E442")
 MARKERS = "osD^vPX"  # one a setting, for the colour is the algorithm's
 LEGEND = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.2}  # below, where it hides nothing
-UNITS = {"compress": "minus JPEG size (kB)", "incompress": "JPEG size (kB)", "aesthetic": "LAION aesthetics score"}
-UNITS |= {"clip": "CLIP cosine x 100"}
+UNITS = {"compress": "minus JPEG size (kB)", "incompress": "JPEG size (kB)", "aesthetic": "LAION", "clip": "CLIP"}
 X_LABELS = {"samples": "reward queries", "iteration": "iteration", "minutes": "minutes (sample + reward + train)"}
 X_LABELS |= {"eval_align": "prompt alignment (CLIP score)", "kl_ref": "KL to the pretrained model (nats)"}
 IGNORED = {"reward", "seed", "iterations", "out", "resume", "save_every", "track", "device", "micro_batch"}
-matplotlib.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
-matplotlib.rcParams.update({"grid.alpha": 0.3, "legend.frameon": False, "savefig.dpi": 160})
+matplotlib.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "savefig.dpi": 160})
 say = lambda message: print(message, file=sys.stderr)
 
 def load_run(folder):
@@ -93,9 +91,9 @@ def name_runs(runs):
         mine = [run for run in runs if run.script == script]
         settings = [run.args | {"model": Path(str(run.args.get("model"))).name} for run in mine]  # any spelling
         names = sorted({name for values in settings for name in values} - IGNORED)
-        varied = [name for name in names if len({show(values.get(name)) for values in settings}) > 1]
+        names = [name for name in names if len({show(values.get(name)) for values in settings}) > 1]
         for run, values in zip(mine, settings):
-            parts = [f"{name.replace('_', ' ')} {show(values.get(name))}" for name in varied]
+            parts = [f"{name.replace('_', ' ')} {show(values.get(name))}" for name in names]
             run.label = ", ".join([NAMES.get(script, script), *parts])
         markers = dict(zip((label for label, _ in Counter(run.label for run in mine).most_common()), cycle(MARKERS)))
         for run in mine:
@@ -117,8 +115,8 @@ def group_runs(runs):
 
 def series(run, *columns):
     """The columns of the rows that have them all, (columns, rows). Rows of NaN are left out, and said on stderr."""
-    values = np.array([[row[c] for c in columns] for row in run.rows if all(c in row for c in columns)])
-    values = values.reshape(-1, len(columns)).T
+    rows = [[row[c] for c in columns] for row in run.rows if all(c in row for c in columns)]
+    values = np.array(rows).reshape(-1, len(columns)).T
     finite = np.isfinite(values).all(0)
     if not finite.all():
         say(f"{run.folder}: {(~finite).sum()} of {len(finite)} rows of {', '.join(columns)} not finite, left out")
@@ -140,8 +138,7 @@ def make_panels(panels, columns, y, note):
     figure = Figure(figsize=(width, 4.5 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax, (x, reward) in zip(axes, panels):
-        unit = UNITS.get(reward, "reward") if y == "eval_reward" else y
-        ax.set(title=Path(reward).name, xlabel=X_LABELS[x], ylabel=unit)
+        ax.set(title=Path(reward).name, xlabel=X_LABELS[x], ylabel=UNITS.get(reward, y) if y == "eval_reward" else y)
     for ax in axes[len(panels) :]:
         ax.remove()
     figure.supxlabel(note, fontsize=9.5)
@@ -183,23 +180,20 @@ def draw_tradeoff(runs):
             panels.setdefault((x, run.args["reward"]), []).append((run, path))
         elif x == "eval_align":
             say(f"{run.folder}: no {x} (it had no CLIP at hand), left out")
-    kinds, rewards = (list(dict.fromkeys(key[i] for key in panels)) for i in (0, 1))
-    cells = [(x, reward) for x in kinds for reward in rewards]
-    note = "ring: the pretrained model; large marker: the end of the run"
-    figure, axes = make_panels(cells, len(rewards), "eval_reward", note)
-    for ax, members in zip(axes, map(panels.get, cells)):
-        if not members:
-            ax.remove()
-            continue
+    rewards = list(dict.fromkeys(reward for _, reward in panels))
+    cells = [(x, reward) for x in dict.fromkeys(x for x, _ in panels) for reward in rewards]
+    figure, axes = make_panels(cells, len(rewards), "eval_reward", "ring: pretrained; large marker: end of the run")
+    for ax, (x, reward) in zip(axes, cells):
         if x == "kl_ref":  # from a hundred nats to hundreds of thousands, and 0
             ax.set_xscale("symlog", linthresh=100)
+        members = panels.get((x, reward), [])
         n = Counter(run.label for run, _ in members)
         for run, path in members:
             label = f"{run.label} (n = {n.pop(run.label)})" if run.label in n else None  # once in the legend
             ax.plot(*path, label=label, markersize=3, linewidth=1.2, **run.look)
             ax.scatter(*path[:, -1], s=70, zorder=3, edgecolors="white", **run.look)
             ax.scatter(*path[:, 0], s=70, zorder=3, facecolors="none", edgecolors="black")
-        ax.legend(**LEGEND)
+        ax.legend(**LEGEND) if members else ax.remove()
     return figure
 
 def list_pictures(run, kind):
@@ -212,8 +206,8 @@ def draw_rows(rows, down, across, title):
     which have `down` rows and `across` columns (0: as many as are square). Returns the Figure. Raises ValueError."""
     if not rows or not rows[0][2]:
         raise ValueError("no run has such pictures")
-    columns = len(rows[0][2])
-    figure = Figure(figsize=(10, 0.6 + len(rows) * (8.4 / columns + 0.3)), layout="constrained")
+    columns, side = len(rows[0][2]), min(8.4 / len(rows[0][2]), 2)  # inches; with the labels 10, a README's width
+    figure = Figure(figsize=(1.6 + side * columns, 0.6 + len(rows) * (side + 0.3)), layout="constrained")
     figure.suptitle(title)
     for axes, (run, detail, cells) in zip(figure.subplots(len(rows), columns, squeeze=False), rows):
         lines = [*run.label.split(", "), f"{Path(run.args['reward']).name}, seed {run.args['seed']}", detail]
@@ -238,17 +232,12 @@ def draw_rows(rows, down, across, title):
 
 def draw_progress(runs, columns=6, prompt_index=(0,)):
     """Figures 1 and 2: for every run and prompt (from 0) a row of pictures of one noise, at iterations spread evenly
-    over the longest run; each in the column that it is nearest to. Returns the Figure, or raises ValueError."""
-    found, rows = [(run, pictures) for run in runs if (pictures := list_pictures(run, "images"))], []
-    marks = np.linspace(0, max((k for _, pictures in found for k in pictures), default=0), columns)
-    for run, pictures in found:
-        nearest = [min(pictures, key=lambda k: abs(k - mark)) for mark in marks]
-        shown = [k if np.abs(marks - k).argmin() == i else None for i, k in enumerate(nearest)]  # none twice
-        for j in prompt_index:
-            cells = [None if k is None else (f"iteration {k}", pictures[k], j) for k in shown]
-            rows.append((run, f"prompt {j}", cells))
-    kept = np.array([[bool(cell) for cell in cells] for _, _, cells in rows]).any(0)  # no column without a picture
-    rows = [(run, detail, [cell for cell, keep in zip(cells, kept) if keep]) for run, detail, cells in rows]
+    over those that there are; blank where a run has none of one. Returns the Figure, or raises ValueError."""
+    found = [(run, pictures) for run in runs if (pictures := list_pictures(run, "images"))]
+    marks = sorted({k for _, pictures in found for k in pictures}) or [0]
+    marks = [marks[i] for i in np.unique(np.linspace(0, len(marks) - 1, columns).round().astype(int))]
+    cells = lambda pictures, j: [(f"iteration {k}", pictures[k], j) if k in pictures else None for k in marks]
+    rows = [(run, f"prompt {j}", cells(pictures, j)) for run, pictures in found for j in prompt_index]
     return draw_rows(rows, 2, 0, "fixed prompts and noise")
 
 def draw_trajectory(runs, iteration=None):
@@ -266,33 +255,26 @@ def draw_trajectory(runs, iteration=None):
     return draw_rows(rows, 1, 6, 'denoising "elephant"')
 
 @dataclass
-class Command:
-    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """run folders, or folders that contain run folders"""
-    out: Path = Path("figure.png")
-    """.png or .pdf"""
+class Command:  # the comments are the help texts
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()  # run folders, or folders that contain run folders
+    out: Path = Path("figure.png")  # .png or .pdf
 
 @dataclass
 class Curves(Command):
     """Figure 3: reward against reward queries, a panel a task, a line an algorithm."""
-    x: Literal["samples", "iteration", "minutes"] = "samples"
-    """reward queries, iterations, or minutes of sampling, reward and training"""
-    y: str = "eval_reward"
-    """a column of metrics.csv: eval_reward (fixed prompts and noise), reward_mean (training samples), ..."""
+    x: Literal["samples", "iteration", "minutes"] = "samples"  # minutes of sampling, reward and training
+    y: str = "eval_reward"  # a column of metrics.csv: eval_reward (fixed prompts and noise), reward_mean, ...
 
 @dataclass
 class Progress(Command):
     """Figures 1 and 2: fixed prompts and noise over training, a row a run."""
-    columns: int = 6
-    """pictures in a row"""
-    prompt_index: tuple[int, ...] = (0,)
-    """which of the up to 16 fixed prompts, from 0; a row each"""
+    columns: int = 6  # pictures in a row
+    prompt_index: tuple[int, ...] = (0,)  # which of the up to 16 fixed prompts, from 0; a row each
 
 @dataclass
 class Trajectory(Command):
     """Figures 4 and 5: "elephant" while it is denoised, a row a run."""
-    iteration: int | None = None
-    """of the strip; unset: each run's last"""
+    iteration: int | None = None  # of the strip; unset: each run's last
 
 @dataclass
 class Tradeoff(Command):

@@ -10,7 +10,11 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors import safe_open
 
 import ddpo_is
+import ddpo_iskl
+import ddpo_sf
 import rewards
+import rwr
+import rwr_sparse
 
 EMOJI = ROOT / "models/emoji"
 NAMES = [*ddpo_is.ANIMALS, "elephant"]
@@ -72,9 +76,19 @@ def test_two_seeds_of_a_prompt_differ(pictures):
     assert (np.abs(first - second).mean((1, 2, 3)) > 8).all()  # grey levels of 255
 
 
-def test_a_users_brightness_reward_rises(tmp_path, brightness):
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (ddpo_is, dict(iterations=30)),
+        (ddpo_sf, dict(num_updates=1)),  # with the four updates of Table 1 it falls here: three are off-policy
+        (ddpo_iskl, {}),
+        (rwr, dict(beta=1.0)),  # 1 / unit of the reward, here a hundredth
+        (rwr_sparse, {}),
+    ],
+)
+def test_a_users_brightness_reward_rises(tmp_path, brightness, script, flags):
     """Less than a minute on two cores; evaluated on fixed prompts and noise, so that no luck is involved."""
-    options = dict(reward=brightness, model=str(EMOJI), num_steps=8, iterations=30, save_every=30, seed=3, device="cpu")
-    rows = read_metrics(ddpo_is.main(ddpo_is.Args(**options, out=str(tmp_path))))
+    options = dict(reward=brightness, model=str(EMOJI), num_steps=8, iterations=15, save_every=30, seed=3, device="cpu")
+    rows = read_metrics(script.main(script.Args(**options | flags, out=str(tmp_path))))
     assert rows[-1]["eval_reward"] > rows[0]["eval_reward"] + 3  # of 100
     assert rows[0]["eval_align"] > 0

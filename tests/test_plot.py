@@ -202,3 +202,96 @@ def test_figures_sh_skips_finished_runs_and_resumes_the_others(tmp_path):
     assert plan(tmp_path, SEEDS="1", ITERATIONS="20")[0] == f"{first} --resume {folder}"
     assert first not in plan(tmp_path, SEEDS="1", ITERATIONS="10")
     assert not any("ddpo_sf.py --reward compress" in line for line in plan(tmp_path, SEEDS="1", ITERATIONS="10"))
+
+
+def test_a_last_line_without_its_end_is_left_out_though_it_has_every_cell(tmp_path, capsys):
+    run = make_run(tmp_path)
+    text = (run / "metrics.csv").read_text()
+    (run / "metrics.csv").write_text(text[:-2].replace("10,160,", "10,160,7,7,", 1))  # and a cell too many in line 12
+    kept = [row["iteration"] for row in plot.load_run(run).rows]
+    assert kept == [k for k in range(20) if k != 10]
+    said = capsys.readouterr().err
+    assert "line 12 " in said and "line 22 " in said
+
+
+def test_a_row_of_nan_in_the_middle_is_not_drawn(tmp_path):
+    run = make_run(tmp_path)
+    text = (run / "metrics.csv").read_text()
+    (run / "metrics.csv").write_text(text.replace("10,160,-1.9,", "10,160,nan,"))
+    for figure, x in ((plot.draw_curves, [0, 320]), (plot.draw_tradeoff, [80, 60])):
+        (ax,) = figure(plot.load_runs([run])).axes
+        ((drawn, y),) = lines(ax).values()
+        np.testing.assert_allclose(drawn, x)
+        np.testing.assert_allclose(y, [-2.0, -1.8])
+
+
+def test_what_changes_no_result_does_not_split_a_line(tmp_path):
+    make_run(tmp_path, seed=1, model="models/emoji", save_every=10, micro_batch=64, device="cpu")
+    make_run(tmp_path, seed=2, model="../models/emoji/", save_every=5, micro_batch=8, device="cuda", iterations=10)
+    (ax,) = plot.draw_curves(plot.load_runs([tmp_path])).axes
+    assert lines(ax).keys() == {"DDPO-IS (n = 2, dashed 1)"}
+
+
+def test_a_run_counts_once(tmp_path, capsys):
+    """Named twice, or begun twice with the same seed: the longer one is drawn, the other is named."""
+    stub, run = make_run(tmp_path, iterations=10, offset=1.0), make_run(tmp_path, iterations=20)
+    assert len(plot.load_runs([tmp_path, run, run / ".." / run.name])) == 2
+    (ax,) = plot.draw_curves(plot.load_runs([run, stub])).axes
+    ((label, (x, y)),) = lines(ax).items()
+    assert label == "DDPO-IS (n = 1)" and x[-1] == 320 and y[0] == -2.0
+    assert f"{stub}: skipped" in capsys.readouterr().err
+
+
+def test_only_the_kl_has_a_logarithmic_axis(tmp_path):
+    run = make_run(tmp_path, script="ddpo_iskl")
+    assert [ax.get_xscale() for ax in plot.draw_tradeoff(plot.load_runs([run])).axes] == ["linear", "symlog"]
+
+
+def test_pictures_are_cut_at_their_prompt_and_step(tmp_path, capsys):
+    run = make_run(tmp_path)
+    for kind, rows in (("images", 2), ("trajectory", 1)):
+        for iteration in (0, 20):
+            cells = np.arange(6 * rows).reshape(rows, 6) * 10 + iteration
+            grid = np.repeat(np.repeat(cells, 16, 0), 16, 1).astype(np.uint8)
+            Image.fromarray(grid).save(run / kind / f"{iteration:04d}.png")
+    (run / "images/0010.png").write_bytes(b"\x89PNG\r\n\x1a\nhalf")
+    runs = plot.load_runs([run])
+    colours = lambda figure: [np.unique(ax.images[0].get_array()).tolist() for ax in figure.axes if ax.images]
+    assert colours(plot.draw_progress(runs, prompt_index=(4, 1))) == [[40], [60], [10], [30]]  # the first noise
+    assert "0010.png: left out" in capsys.readouterr().err
+    assert colours(plot.draw_trajectory(runs)) == [[20 + 10 * i] for i in range(6)]
+    assert colours(plot.draw_trajectory(runs, iteration=0)) == [[10 * i] for i in range(6)]
+    with pytest.raises(ValueError, match="no prompt 6"):
+        plot.draw_progress(runs, prompt_index=(6,))
+    with pytest.raises(ValueError, match="no run has such pictures"):
+        plot.draw_trajectory(runs, iteration=7)
+    assert "no trajectory/0007.png" in capsys.readouterr().err
+
+
+def test_only_png_and_pdf_are_written(tmp_path, capsys):
+    run = make_run(tmp_path)
+    plot.main(plot.Curves(runs=(run,), out=tmp_path / "figure.pdf"))
+    assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+    with pytest.raises(SystemExit) as stop:
+        plot.main(plot.Curves(runs=(run,), out=tmp_path / "figure.gif"))
+    assert stop.value.code == 2 and "figure.gif" in capsys.readouterr().err
+    assert not (tmp_path / "figure.gif").exists()
+
+
+def test_what_a_script_really_writes_is_drawn(tiny_sd, tmp_path):
+    import ddpo_iskl
+
+    options = dict(num_samples=4, num_steps=5, iterations=2, save_every=1, device="cpu", out=str(tmp_path))
+    folder = ddpo_iskl.main(ddpo_iskl.Args(model=tiny_sd, **options))
+    rows, runs = read_metrics(folder), plot.load_runs([tmp_path])
+    (ax,) = plot.draw_curves(runs).axes
+    ((x, y),) = lines(ax).values()
+    assert x.tolist() == [0, 4, 8] and y.tolist() == [row["eval_reward"] for row in rows]
+    (kl,) = plot.draw_tradeoff(runs).axes  # the pipeline has no CLIP, so that there is no alignment
+    assert next(iter(lines(kl).values()))[0].tolist() == [0.0, *(row["kl_ref"] for row in rows[1:])]
+    strip = np.asarray(Image.open(folder / "trajectory/0002.png"))
+    shown = [ax.images[0].get_array() for ax in plot.draw_trajectory(runs).axes]
+    assert (np.concatenate(shown, 1) == strip).all()
+    grid = np.asarray(Image.open(folder / "images/0001.png"))
+    last = plot.draw_progress(runs, columns=3, prompt_index=(15,)).axes[1].images[0]
+    assert (last.get_array() == grid[:16, -16:]).all()
