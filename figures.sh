@@ -21,18 +21,21 @@ done
 
 # one line of SCRIPT REWARD SEED FLAGS -> its command, or nothing where that run is finished
 plan() {
-  local script=$1 reward=$2 seed=$3 folder rows
+  local script=$1 reward=$2 seed=$3 folder rows resume=''
   shift 3
   local command="$PYTHON $script.py --reward $reward --seed $seed --model $MODEL --iterations $ITERATIONS"
   command+=" --num-steps $STEPS --out $OUT/$script$(printf '%s' "$*" | tr -d ' ')${*:+/}"
   command=${command%/}
-  folder=$(ls -d "${command##* }/${script}__${reward}__s${seed}__"* 2>/dev/null | tail -n 1 || true)
-  if [ -n "$folder" ] && [ -f "$folder/checkpoint/state.safetensors" ]; then
+  for folder in "${command##* }/${script}__${reward}__s${seed}__"*; do
+    [ -f "$folder/metrics.csv" ] || continue
     rows=$(($(wc -l <"$folder/metrics.csv") - 2)) # without the header and row 0
-    [ "$rows" -ge "$ITERATIONS" ] && return
-    command+=" --resume $folder"
-  fi
-  echo "$command${*:+ $*}"
+    if [ "$rows" -ge "$ITERATIONS" ]; then
+      echo "finished: $folder" >&2
+      return
+    fi
+    [ -f "$folder/checkpoint/state.safetensors" ] && resume=" --resume $folder" # the newest comes last
+  done
+  echo "$command$resume${*:+ $*}"
 }
 
 commands() {
@@ -43,6 +46,7 @@ commands() {
     done
     plan ddpo_iskl incompress "$seed" --lr 3e-3 # Figure 3b, Table 1's bad learning rate
   done
+  [ "$MODEL" = models/emoji ] || return 0 # the paper leaves RWR out
   for seed in $(echo $SEEDS | cut -d' ' -f1-3); do
     for task in compress incompress; do
       for script in rwr rwr_sparse; do plan $script "$task" "$seed"; done
@@ -61,6 +65,7 @@ if [ -n "$DRY" ]; then
   commands
   figures
 else
+  [ "$JOBS" -gt 1 ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # else runs on one CPU stall one another
   commands | xargs -P "$JOBS" -d '\n' -I{} bash -c '{}'
   figures | bash -e
 fi
