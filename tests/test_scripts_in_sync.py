@@ -41,7 +41,7 @@ OWN = {
 # fields of Args whose default is the algorithm's own
 OWN_DEFAULTS = {"num_updates", "lr"}
 # `diff A B | grep -c '^[<>]'`
-BUDGETS = {("ddpo_sf", "ddpo_is"): 45, ("ddpo_is", "ddpo_iskl"): 50, ("rwr", "rwr_sparse"): 52, ("ddpo_sf", "rwr"): 175}
+BUDGETS = {("ddpo_sf", "ddpo_is"): 45, ("ddpo_is", "ddpo_iskl"): 50, ("rwr", "rwr_sparse"): 55, ("ddpo_sf", "rwr"): 180}
 
 
 @cache
@@ -80,7 +80,7 @@ def fields(text):
     lines, found = text.splitlines(), {}
     for field, doc in zip(args.body[::2], args.body[1::2], strict=True):
         first, last = field.lineno - 1, doc.end_lineno
-        found[field.target.id] = ("\n".join(lines[first:last]), ast.unparse(field.value), first, last)
+        found[field.target.id] = ("\n".join(lines[first:last]), ast.get_source_segment(text, field.value), first, last)
     return found
 
 
