@@ -13,7 +13,7 @@ eps_hat is the guided prediction (lines 25-27). `diff rwr.py rwr_sparse.py`
     python rwr.py --reward compress --lr 1e-4 --resume runs/rwr__compress__s1__...            go on where it stopped
 
 The original DDPO code has beta 0.2 for Stable Diffusion and thousands of samples an iteration; the defaults here are
-tuned on the emoji model. With one sample a prompt every weight is 1 and nothing is learned.
+lightly tuned on the emoji model. With one sample a prompt every weight is 1 and nothing is learned.
 """
 
 import csv, json, os, re, shlex, shutil, signal, subprocess, sys, time  # noqa: I001

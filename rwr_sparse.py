@@ -13,7 +13,7 @@ eps_hat is the guided prediction (lines 21-23). `diff rwr.py rwr_sparse.py`
     python rwr_sparse.py --reward compress --lr 1e-4 --resume runs/rwr_sparse__compress__s1__... go on where it stopped
 
 The original DDPO code takes the 90th percentile for Stable Diffusion and thousands of samples an iteration; the
-defaults here are tuned on the emoji model. Prompts compete: an easy prompt passes more often.
+defaults here are lightly tuned on the emoji model. Prompts compete: an easy prompt passes more often.
 """
 
 import csv, json, os, re, shlex, shutil, signal, subprocess, sys, time  # noqa: I001
