@@ -19,23 +19,23 @@ for flag in "$@"; do
   esac
 done
 
-# one line of SCRIPT REWARD SEED FLAGS -> its command, or nothing where that run is finished
+# SCRIPT REWARD SEED FLAGS -> its command, quoted for the shell; or nothing where that run is finished
 plan() {
-  local script=$1 reward=$2 seed=$3 folder rows resume=''
+  local script=$1 reward=$2 seed=$3 parent folder rows command resume=''
   shift 3
-  local command="$PYTHON $script.py --reward $reward --seed $seed --model $MODEL --iterations $ITERATIONS"
-  command+=" --num-steps $STEPS --out $OUT/$script$(printf '%s' "$*" | tr -d ' ')${*:+/}"
-  command=${command%/}
-  for folder in "${command##* }/${script}__${reward}__s${seed}__"*; do
+  parent=$OUT/$script$(printf '%s' "$*" | tr -d ' ')
+  for folder in "$parent/${script}__${reward}__s${seed}__"*; do
     [ -f "$folder/metrics.csv" ] || continue
     rows=$(($(wc -l <"$folder/metrics.csv") - 2)) # without the header and row 0
     if [ "$rows" -ge "$ITERATIONS" ]; then
       echo "finished: $folder" >&2
       return
     fi
-    [ -f "$folder/checkpoint/state.safetensors" ] && resume=" --resume $folder" # the newest comes last
+    [ -f "$folder/checkpoint/state.safetensors" ] && resume=$folder # the newest comes last
   done
-  echo "$command$resume${*:+ $*}"
+  printf -v command '%q ' "$PYTHON" "$script.py" --reward "$reward" --seed "$seed" --model "$MODEL" --iterations "$ITERATIONS" \
+    --num-steps "$STEPS" --out "$parent" "$@" ${resume:+--resume "$resume"}
+  echo "${command% }"
 }
 
 commands() {
@@ -54,11 +54,13 @@ commands() {
   done
 }
 
-figures() {
-  echo "$PYTHON plot.py curves $OUT --out $OUT/curves.png"
-  echo "$PYTHON plot.py progress $OUT --out $OUT/progress.png"
-  echo "$PYTHON plot.py trajectory $OUT --out $OUT/trajectory.png"
-  echo "$PYTHON plot.py tradeoff $OUT --out $OUT/tradeoff.png"
+figures() { # the rows of pictures are those of the first seed
+  local out first=${SEEDS%% *}
+  out=$(printf '%q' "$OUT")
+  echo "$PYTHON plot.py curves $out --out $out/curves.png"
+  echo "$PYTHON plot.py tradeoff $out --out $out/tradeoff.png"
+  echo "$PYTHON plot.py progress $out/*/*__incompress__s${first}__* --out $out/progress.png"
+  echo "$PYTHON plot.py trajectory $out/*/*__incompress__s${first}__* --out $out/trajectory.png"
 }
 
 if [ -n "$DRY" ]; then
@@ -66,6 +68,8 @@ if [ -n "$DRY" ]; then
   figures
 else
   [ "$JOBS" -gt 1 ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # else runs on one CPU stall one another
-  commands | xargs -P "$JOBS" -d '\n' -I{} bash -c '{}'
+  failed=''
+  commands | tr '\n' '\0' | xargs -0 -P "$JOBS" -n 1 bash -c 'eval "$0"' || failed=1 # the others go on
   figures | bash -e
+  [ -z "$failed" ] || { echo "a run failed: see above; the figures are of those that ended well" >&2; exit 1; }
 fi

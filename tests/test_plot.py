@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,15 +182,16 @@ def plan(tmp_path, *flags, **env):
 
 
 def test_figures_sh_prints_commands_that_the_scripts_accept(tmp_path):
-    planned = plan(tmp_path)
+    planned = plan(tmp_path, OUT=str(tmp_path / "two words"))
     assert len(planned) == 5 * (3 * 3 + 1) + 3 * 4 + 4 == len(set(planned))
     for line in planned[:-4]:
-        python, script, *words = line.split()
+        python, script, *words = shlex.split(line)
         args = tyro.cli(__import__(script.removesuffix(".py")).Args, args=words)
+        assert Path(args.out).parent == tmp_path / "two words"
         assert (args.iterations, args.num_steps, args.model) == (200, 50, "models/emoji")
     assert sum("--lr 3e-3" in line for line in planned) == 5
     for line in planned[-4:]:
-        tyro.cli(plot.Curves | plot.Progress | plot.Trajectory | plot.Tradeoff, args=line.split()[2:])
+        tyro.cli(plot.Curves | plot.Progress | plot.Trajectory | plot.Tradeoff, args=shlex.split(line)[2:])
     gpu = plan(tmp_path, "--gpu")
     assert any("aesthetic" in line for line in gpu) and all("stable-diffusion-v1-4" in line for line in gpu[:-4])
 
