@@ -289,12 +289,13 @@ def load_prompts(name):
 def resolve(args):
     """Check the arguments and settle those that depend on machine and model, in place; no weights are loaded yet.
     Returns the schedule and the shape of a latent, (C, H, W). Raises ValueError, or diffusers' OSError."""
-    positive = "lr iterations num_samples num_steps num_updates save_every adv_clip clip_range beta samples_per_prompt"
+    positive = "lr iterations num_samples num_steps num_updates save_every adv_clip clip_range samples_per_prompt"
     for name in positive.split():
         if not getattr(args, name, 1) > 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
-    if getattr(args, "kl_coef", 0) < 0:
-        raise ValueError(f"--kl-coef {args.kl_coef}: must be 0 or greater")
+    for name in ("kl_coef", "beta"):
+        if not getattr(args, name, 0) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0 or greater")
     if min(args.seed, args.micro_batch, args.lora_rank or 0, *args.adam_betas) < 0 or max(args.adam_betas) >= 1:
         raise ValueError(f"--seed {args.seed}, --micro-batch, --lora-rank or --adam-betas: negative, or a beta over 1")
     if args.num_samples % args.num_updates:

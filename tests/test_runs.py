@@ -360,12 +360,18 @@ def test_bad_input_gets_one_line(tiny_sd, tmp_path, capsys, changes, words):
         (rwr, dict(samples_per_prompt=0), ["--samples-per-prompt 0"]),
         (rwr, dict(samples_per_prompt=1), ["--samples-per-prompt 1", "nothing is learned"]),
         (rwr, dict(beta=-1.0), ["--beta -1.0"]),
+        (rwr, dict(beta=float("nan")), ["--beta nan"]),
         (rwr_sparse, dict(quantile=90.0), ["--quantile 90.0"]),
     ],
 )
 def test_what_each_script_refuses(tiny_sd, tmp_path, capsys, script, changes, words):
     message = refused(capsys, tmp_path, **(dict(model=tiny_sd, script=script) | changes))
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("script, changes", [(rwr, dict(beta=0.0)), (ddpo_iskl, dict(kl_coef=0.0))])
+def test_no_weighting_and_no_penalty_can_be_asked_for(tiny_sd, script, changes):
+    script.resolve(script.Args(model=str(tiny_sd), device="cpu", **changes))
 
 
 def test_bad_files_and_folders_get_one_line(tiny_sd, tmp_path, capsys):
