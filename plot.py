@@ -29,7 +29,7 @@ from PIL import Image
 NAMES = {"ddpo_sf": "DDPO-SF", "ddpo_is": "DDPO-IS", "ddpo_iskl": "DDPO-ISKL", "rwr": "RWR", "rwr_sparse": "sparse RWR"}
 # Okabe and Ito's colours, which colour-blind readers tell apart too; the last three are for scripts of your own
 COLOURS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#D55E00", "#F0E442")
-MARKERS = "osD^vPX"  # one a setting, for the colour is the algorithm's
+MARKERS = "osD^vPX<>*hp"  # one a setting, for the colour is the algorithm's
 LEGEND = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.2}  # below, where it hides nothing
 UNITS = {"compress": "minus JPEG size (kB)", "incompress": "JPEG size (kB)", "aesthetic": "LAION", "clip": "CLIP"}
 X_LABELS = {"samples": "reward queries", "iteration": "iteration", "minutes": "minutes (sample + reward + train)"}
