@@ -10,12 +10,11 @@ Only the first of an iteration's --num-updates 4 (Table 1) is on-policy: the oth
 samples, drawn before the weights moved, and nothing corrects for it. --num-updates 1 is the unbiased estimator; what
 corrects is importance sampling, `diff ddpo_sf.py ddpo_is.py`.
 
-    python ddpo_sf.py --reward compress --lr 3e-4     on a CPU the 64 px emoji model, on a GPU Stable Diffusion v1.4
-    python ddpo_sf.py --reward incompress --iterations 20 --num-steps 20                                a quick look
-    python ddpo_sf.py --reward compress --lr 3e-4 --resume runs/ddpo_sf__compress__s1__...    go on where it stopped
+    python ddpo_sf.py --reward compress --lr 3e-4                 see README.md, Results
+    ... --iterations 20 --num-steps 20    a quick look        ... --resume runs/NAME    go on where a run stopped
 
-log_prob is the *mean* over the latent's dimensions, as in the other scripts: a sum would be 16,384 times as large, and
-the gradient clip of Table 1 would cut every update.
+log_prob is the *mean* over the latent's dimensions: Table 1's clip range of 1e-4 only makes sense for the mean (the sum
+over 16,384 dimensions overflows exp).
 """
 
 import csv, json, os, re, shlex, shutil, signal, subprocess, sys, time  # noqa: I001
@@ -96,7 +95,7 @@ class Args:
     max_grad_norm: float = 1.0
     """global gradient norm is clipped to this (C_clip)"""
     num_updates: int = 4
-    """gradient steps per iteration, each on its own equal share of the trajectories and all their steps (N_updates)"""
+    """gradient steps per iteration (N_updates), each on its own equal share of the samples; RWR: each on all of them"""
     micro_batch: int = 0
     """(sample, step) pairs per forward; changes memory and speed, not the gradient; 0 = choose"""
     # this algorithm

@@ -1,19 +1,18 @@
 """
-Sparse RWR: reward-weighted regression with weights 0 and 1, denoising training on the policy's best samples
-(Algorithm 2). With C a reward or a quantile of the iteration's, and x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps:
+Sparse RWR: reward-weighted regression with weights 0 and 1, training on the policy's best samples (Algorithm 2).
 
-    w_i  = 1 if r_i >= C else 0                                      raw rewards
+With several samples of each prompt, and x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps:
+
+    w_i  = 1 if r_i >= C else 0                                      C given, or a quantile of the prompt's raw rewards
     loss = w_i * mean((eps - eps_hat)^2)                             t uniform over all training timesteps
 
 It knows the rewards of finished pictures only, not the steps that led there: what it maximises is an approximation.
-eps_hat is the guided prediction (lines 21-23). `diff rwr.py rwr_sparse.py`
+eps_hat is the guided prediction, as Algorithm 1 has it: with a guidance scale over 1 the loss pulls the guidance back,
+whatever the reward. The original DDPO code has beta 0.2 or the 90th percentile for Stable Diffusion, and thousands of
+samples an iteration; the defaults are lightly tuned on the emoji model. `diff rwr.py rwr_sparse.py`
 
-    python rwr_sparse.py --reward compress --lr 1e-4  on a CPU the 64 px emoji model, on a GPU Stable Diffusion v1.4
-    python rwr_sparse.py --reward incompress --iterations 20 --num-steps 20                             a quick look
-    python rwr_sparse.py --reward compress --lr 1e-4 --resume runs/rwr_sparse__compress__s1__... go on where it stopped
-
-The original DDPO code takes the 90th percentile for Stable Diffusion and thousands of samples an iteration; the
-defaults here are lightly tuned on the emoji model. Prompts compete: an easy prompt passes more often.
+    python rwr_sparse.py --reward compress --lr 1e-4              see README.md, Results
+    ... --iterations 20 --num-steps 20    a quick look        ... --resume runs/NAME    go on where a run stopped
 """
 
 import csv, json, os, re, shlex, shutil, signal, subprocess, sys, time  # noqa: I001
@@ -94,14 +93,16 @@ class Args:
     max_grad_norm: float = 1.0
     """global gradient norm is clipped to this (C_clip)"""
     num_updates: int = 1
-    """gradient steps per iteration, each on its own equal share of the trajectories and all their steps (N_updates)"""
+    """gradient steps per iteration (N_updates), each on its own equal share of the samples; RWR: each on all of them"""
     micro_batch: int = 0
     """(sample, step) pairs per forward; changes memory and speed, not the gradient; 0 = choose"""
     # this algorithm
     threshold: float | None = None
     """samples of this reward or more are trained on (C), in the reward's unit; unset: --quantile decides"""
     quantile: float = 0.9
-    """C is this quantile of the iteration's rewards, from 0 to 1"""
+    """C is this quantile, from 0 to 1, of the iteration's rewards for the same prompt"""
+    samples_per_prompt: int = 4
+    """samples of one prompt, which are compared with one another; --num-samples is a multiple of it"""
 
 # ---- sampler ----
 
@@ -173,11 +174,13 @@ def make_generator(*key):
 # ---- algorithm ----
 
 def compute_weights(rewards, prompts, args):
-    """1 where the reward reaches the threshold, else 0 (lines 11-13).
-    rewards (N,), prompts list of N -> weights (N,) float64 and info: the threshold, and the share that passes."""
-    threshold = np.quantile(rewards, args.quantile) if args.threshold is None else args.threshold
-    weights = (np.asarray(rewards) >= threshold).astype(np.float64)
-    return weights, {"threshold": float(threshold), "passed": float(weights.mean())}
+    """1 where the reward reaches C, else 0 (lines 11-13).
+    rewards (N,), prompts list of N -> weights (N,) float64 and info: the mean of C, and the share that passes."""
+    rewards, prompts = np.asarray(rewards, dtype=np.float64), np.asarray(prompts)
+    quantiles = np.array([np.quantile(rewards[prompts == prompt], args.quantile) for prompt in prompts])
+    threshold = np.full_like(rewards, quantiles if args.threshold is None else args.threshold)
+    weights = (rewards >= threshold).astype(np.float64)
+    return weights, {"threshold": float(threshold.mean()), "passed": float(weights.mean())}
 
 def add_noise(latents, noise, t, schedule):
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (line 24). latents, noise (n, C, H, W); t (n,) of training."""
@@ -190,22 +193,22 @@ def compute_loss(noise_pred, noise, pairs, args):
     mse = (noise - noise_pred).square().mean((1, 2, 3))
     return pairs["weights"] * mse, {"mse": mse}
 
-def accumulate_gradients(unet, data, samples, schedule, args, scaler):
-    """Adds the gradient of the mean loss over all (sample, draw) pairs of `samples`, micro_batch pairs at a time.
+def accumulate_gradients(unet, data, schedule, args, scaler):
+    """Adds the gradient of the mean loss over all (sample, draw) pairs, micro_batch pairs at a time.
     data: latents (N, C, H, W), embeds (2, N, L, D), weights (N,), and the draws, timesteps (N, D) and noise
-    (N, D, C, H, W); samples (n,) indices into them. A weight of 0 has no gradient and is left out.
+    (N, D, C, H, W). A weight that float32 loses beside the prompt's others, whose sum is 1, is left out.
     Returns the loss and compute_loss's info, means over all pairs; or {} where every weight is 0."""
-    indices, totals = torch.cartesian_prod(samples, torch.arange(args.num_steps, device=samples.device)), {}
-    count, indices = len(indices), indices[data["weights"][indices[:, 0]] > 0]  # (pairs, 2)
+    indices, totals = (data["weights"][:, None] > 1e-7).expand(data["timesteps"].shape).nonzero(), {}  # (pairs, 2)
     for i, k in (few.T for few in indices.split(args.micro_batch) if len(few)):
         t, noise = data["timesteps"][i, k], data["noise"][i, k]
         latents = add_noise(data["latents"][i], noise, t, schedule)
         noise_pred = predict_noise(unet, latents, t, data["embeds"][:, i], schedule.training, args.guidance_scale)
         loss, info = compute_loss(noise_pred, noise, {"weights": data["weights"][i]}, args)
-        scaler.scale(loss.sum() / count).backward()
+        scaler.scale(loss.sum() / data["timesteps"].numel()).backward()
         for name, x in {"loss": loss, **info}.items():
             totals[name] = totals.get(name, 0.0) + x.detach().sum()
-    return {name: float(x) / (count if name == "loss" else len(indices)) for name, x in totals.items()}
+    counts = {"loss": data["timesteps"].numel()}
+    return {name: float(x) / counts.get(name, len(indices)) for name, x in totals.items()}
 
 # ---- files ----
 
@@ -285,9 +288,11 @@ def resolve(args):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0 or greater")
     if min(args.seed, args.micro_batch, args.lora_rank or 0, *args.adam_betas) < 0 or max(args.adam_betas) >= 1:
         raise ValueError(f"--seed {args.seed}, --micro-batch, --lora-rank or --adam-betas: negative, or a beta over 1")
-    if args.num_samples % args.num_updates:
-        raise ValueError(f"--num-samples {args.num_samples}: not {args.num_updates} equal shares (--num-updates)")
-    if not 0 <= args.quantile <= 1:
+    if args.num_samples % args.samples_per_prompt:
+        raise ValueError(f"--num-samples {args.num_samples}: not a multiple of {args.samples_per_prompt} per prompt")
+    if args.samples_per_prompt == 1 and getattr(args, "threshold", None) is None:
+        raise ValueError("--samples-per-prompt 1: every weight would be 1 and nothing is learned; take 2 or more")
+    if not 0 <= getattr(args, "quantile", 0) <= 1:
         raise ValueError(f"--quantile {args.quantile}: must be from 0 to 1")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -320,9 +325,9 @@ def resolve(args):
     args.micro_batch = args.micro_batch or max(1, min(64, 2**17 // int(np.prod(shape))))  # 8 for Stable Diffusion
     trained = f"LoRA rank {args.lora_rank} on attention" if args.lora_rank else "full fine-tuning"
     print(f"{args.model} on {args.device} in {args.precision} ({why}); UNet of {size / 1e6:.1f} M, {trained}")
-    samples, steps, updates = args.num_samples, args.num_steps, args.num_updates
-    print(f"{samples} samples = {samples // updates} x {updates} updates; {steps} steps; ", end="")
-    print(f"{samples // updates * steps} pairs an update in microbatches of {args.micro_batch}")
+    samples, steps, peers = args.num_samples, args.num_steps, args.samples_per_prompt
+    print(f"{samples} samples = {samples // peers} prompts x {peers}; {steps} steps; ", end="")
+    print(f"{args.num_updates} updates of {samples * steps} pairs, less those of weight 0, by {args.micro_batch}")
     return make_schedule(scheduler, args.num_steps, args.device), shape
 
 def open_run(args, script):
@@ -425,7 +430,9 @@ def main(args):
         # ---- sample ----
         clock = [time.time()]
         generators = [make_generator(args.seed, iteration, i, 0) for i in range(args.num_samples)]
-        batch_prompts = [prompts[torch.randint(len(prompts), (), generator=g)] for g in generators]
+        firsts = generators[:: args.samples_per_prompt]
+        batch_prompts = [prompts[torch.randint(len(prompts), (), generator=g)] for g in firsts]
+        batch_prompts = np.repeat(batch_prompts, args.samples_per_prompt).tolist()
         noise = torch.stack([torch.randn((args.num_steps + 1, *shape), generator=g) for g in generators])
         embeds = embed_prompts(pipe, batch_prompts, cache, args)
         latents = sample_images(pipe.unet, embeds, noise, schedule, args)[:, -1]
@@ -437,16 +444,15 @@ def main(args):
         # ---- train ----
         weights, weights_info = compute_weights(rewards, batch_prompts, args)
         data = {"latents": latents, "embeds": embeds, "weights": torch.tensor(weights).to(latents)}
-        noise = [torch.randn((args.num_steps, *shape), generator=g) for g in generators]  # as many draws as steps
-        total = len(schedule.training.timesteps)
-        timesteps = torch.stack([torch.randint(total, (args.num_steps,), generator=g) for g in generators])
-        data |= {"noise": torch.stack(noise).to(latents), "timesteps": timesteps.to(args.device)}
-        updates = []  # the samples are independent, so that equal shares need no shuffle
-        for samples in torch.arange(args.num_samples, device=args.device).chunk(args.num_updates):
+        updates, draws, total = [], args.num_steps, len(schedule.training.timesteps)
+        for _ in range(args.num_updates):  # on as many draws of noise and timestep as steps, new ones each time
+            noise = torch.stack([torch.randn((draws, *shape), generator=g) for g in generators])
+            timesteps = torch.stack([torch.randint(total, (draws,), generator=g) for g in generators])
+            data |= {"noise": noise.to(latents), "timesteps": timesteps.to(args.device)}
             while True:
                 try:
                     optimizer.zero_grad()
-                    info = accumulate_gradients(pipe.unet, data, samples, schedule, args, scaler)
+                    info = accumulate_gradients(pipe.unet, data, schedule, args, scaler)
                     break
                 except torch.OutOfMemoryError:
                     args.micro_batch //= 2
@@ -454,7 +460,7 @@ def main(args):
                         sys.exit("out of memory at --micro-batch 1: try --gradient-checkpointing or --precision bf16")
                     print(f"out of memory: the update is redone with microbatches of {args.micro_batch}")
             if not info:
-                print(f"iteration {iteration}: no sample of an update has a weight: it is skipped")
+                print(f"iteration {iteration}: no sample has a weight: the update is skipped")
                 continue
             scaler.unscale_(optimizer)
             info["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(params.values(), args.max_grad_norm))

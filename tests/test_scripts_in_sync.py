@@ -24,7 +24,7 @@ SHARED = {
     "load_prompts open_run load_model finish one_line main/reward main/log __main__": [ALL],
     "make_schedule ddpm_step evaluate accumulate_gradients": [POLICY_GRADIENT, REGRESSION],
     "sample_trajectories compute_advantages resolve main/sample": [POLICY_GRADIENT],
-    "sample_images add_noise compute_loss main/start main/train": [REGRESSION],
+    "sample_images add_noise compute_loss resolve main/start main/sample main/train": [REGRESSION],
     "main/start": [["ddpo_is", "ddpo_sf"]],
 }
 # what is each script's own, and why
@@ -33,9 +33,7 @@ OWN = {
     "compute_loss",  # the algorithm
     "compute_weights",  # RWR's two weightings
     "score_reference",  # ISKL alone
-    "resolve",  # the RWR pair checks flags of its own
     "main/start",  # ISKL loads the reference
-    "main/sample",  # RWR draws each prompt several times
     "main/train",  # one to five lines
 }
 # fields of Args whose default is the algorithm's own
