@@ -113,8 +113,8 @@ class Args:
 # ---- sampler ----
 
 def make_schedule(scheduler, num_steps, device):
-    """The respaced DDPM chain of a diffusers scheduler: tables (T,), first step to last, float32 on the device.
-    Raises ValueError for a prediction type other than epsilon and v_prediction."""
+    """The respaced DDPM chain of a diffusers scheduler: tables (T,), first step to last, float32 on the device; and
+    alphas_cumprod of all its timesteps. Raises ValueError for a prediction type other than epsilon and v_prediction."""
     prediction_type = scheduler.config.prediction_type
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"the model predicts {prediction_type}; only epsilon and v_prediction work")
@@ -124,17 +124,17 @@ def make_schedule(scheduler, num_steps, device):
     alphas = abar / abar_prev
     sigmas = ((1 - alphas) * (1 - abar_prev) / (1 - abar)).sqrt()
     tables = torch.stack([abar, alphas, 1 - alphas, sigmas]).float().to(device)  # (4, T)
-    chain = {"timesteps": scheduler.timesteps.to(device), "alphas_cumprod": tables[0], "sigmas": tables[3]}
-    return SimpleNamespace(tables=tables, prediction_type=prediction_type, **chain)
+    tables = {"tables": tables, "sigmas": tables[3], "alphas_cumprod": scheduler.alphas_cumprod.float().to(device)}
+    return SimpleNamespace(**tables, timesteps=scheduler.timesteps.to(device), prediction_type=prediction_type)
 
-def predict_noise(unet, latents, step, embeds, schedule, guidance_scale):
+def predict_noise(unet, latents, t, embeds, schedule, guidance_scale):
     """eps_hat with classifier-free guidance, uncond and cond in one forward (lines 13-15).
-    latents (N, C, H, W), step (N,) indices into the schedule, embeds (2, N, L, D) -> (N, C, H, W) float32"""
-    output = unet(torch.cat([latents, latents]), schedule.timesteps[step].repeat(2), embeds.flatten(0, 1)).sample
+    latents (N, C, H, W), t (N,) timesteps from 0 to 999, embeds (2, N, L, D) -> (N, C, H, W) float32"""
+    output = unet(torch.cat([latents, latents]), t.repeat(2), embeds.flatten(0, 1)).sample
     noise_pred_uncond, noise_pred_text = output.float().chunk(2)
     noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)
     if schedule.prediction_type == "v_prediction":
-        abar = schedule.alphas_cumprod[step].view(-1, 1, 1, 1)
+        abar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
         noise_pred = abar.sqrt() * noise_pred + (1 - abar).sqrt() * latents
     return noise_pred
 
@@ -158,7 +158,7 @@ def sample_trajectories(unet, embeds, noise, schedule, args):
     latents, log_probs, n = [noise[:, 0]], [], args.micro_batch  # as in training: another batch size rounds otherwise
     for i in range(args.num_steps):
         step = torch.full((len(noise),), i, device=args.device)
-        parts = zip(latents[-1].split(n), step.split(n), embeds.split(n, 1))
+        parts = zip(latents[-1].split(n), schedule.timesteps[step].split(n), embeds.split(n, 1))
         noise_pred = torch.cat([predict_noise(unet, *part, schedule, args.guidance_scale) for part in parts])
         next_latents, log_prob, _ = ddpm_step(noise_pred, latents[-1], step, schedule, noise=noise[:, i + 1])
         latents.append(next_latents)
@@ -204,8 +204,8 @@ def score_reference(unet, frozen, data, schedule, args):
     frozen or unet.disable_adapters()
     indices, scores = torch.ones(data["log_prob_beh"].shape, device=args.device).nonzero(), []
     for i, s in (few.T for few in indices.split(args.micro_batch)):
-        latents, next_latents = data["latents"][i, s], data["latents"][i, s + 1]
-        noise_pred = predict_noise(frozen or unet, latents, s, data["embeds"][:, i], schedule, args.guidance_scale)
+        t, latents, next_latents = schedule.timesteps[s], data["latents"][i, s], data["latents"][i, s + 1]
+        noise_pred = predict_noise(frozen or unet, latents, t, data["embeds"][:, i], schedule, args.guidance_scale)
         scores.append(ddpm_step(noise_pred, latents, s, schedule, next_latents=next_latents)[1:])
     frozen or unet.enable_adapters()
     log_probs, means = (torch.cat(x).unflatten(0, (-1, args.num_steps)) for x in zip(*scores))
@@ -236,8 +236,8 @@ def accumulate_gradients(unet, data, samples, schedule, args, scaler):
     steps = torch.nonzero(schedule.sigmas > 0).flatten()
     indices, totals = torch.cartesian_prod(samples, steps), {}  # (pairs, 2)
     for i, s in (few.T for few in indices.split(args.micro_batch)):
-        latents, next_latents = data["latents"][i, s], data["latents"][i, s + 1]
-        noise_pred = predict_noise(unet, latents, s, data["embeds"][:, i], schedule, args.guidance_scale)
+        t, latents, next_latents = schedule.timesteps[s], data["latents"][i, s], data["latents"][i, s + 1]
+        noise_pred = predict_noise(unet, latents, t, data["embeds"][:, i], schedule, args.guidance_scale)
         _, log_prob, mean = ddpm_step(noise_pred, latents, s, schedule, next_latents=next_latents)
         pairs = {name: x[i, s] for name, x in data.items() if name not in ("latents", "embeds")}
         loss, info = compute_loss(log_prob, mean, pairs | {"step": s}, schedule, args)

@@ -105,8 +105,8 @@ class Args:
 # ---- sampler ----
 
 def make_schedule(scheduler, num_steps, device):
-    """The respaced DDPM chain of a diffusers scheduler: tables (T,), first step to last, float32 on the device; and in
-    `training` all of its timesteps. Raises ValueError for a prediction type other than epsilon and v_prediction."""
+    """The respaced DDPM chain of a diffusers scheduler: tables (T,), first step to last, float32 on the device; and
+    alphas_cumprod of all its timesteps. Raises ValueError for a prediction type other than epsilon and v_prediction."""
     prediction_type = scheduler.config.prediction_type
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"the model predicts {prediction_type}; only epsilon and v_prediction work")
@@ -116,20 +116,17 @@ def make_schedule(scheduler, num_steps, device):
     alphas = abar / abar_prev
     sigmas = ((1 - alphas) * (1 - abar_prev) / (1 - abar)).sqrt()
     tables = torch.stack([abar, alphas, 1 - alphas, sigmas]).float().to(device)  # (4, T)
-    chain = {"timesteps": scheduler.timesteps.to(device), "alphas_cumprod": tables[0], "sigmas": tables[3]}
-    training = {"timesteps": torch.arange(len(scheduler.alphas_cumprod), device=device)}
-    training |= {"alphas_cumprod": scheduler.alphas_cumprod.float().to(device), "prediction_type": prediction_type}
-    training = SimpleNamespace(**training)
-    return SimpleNamespace(tables=tables, prediction_type=prediction_type, training=training, **chain)
+    tables = {"tables": tables, "sigmas": tables[3], "alphas_cumprod": scheduler.alphas_cumprod.float().to(device)}
+    return SimpleNamespace(**tables, timesteps=scheduler.timesteps.to(device), prediction_type=prediction_type)
 
-def predict_noise(unet, latents, step, embeds, schedule, guidance_scale):
+def predict_noise(unet, latents, t, embeds, schedule, guidance_scale):
     """eps_hat with classifier-free guidance, uncond and cond in one forward (lines 13-15).
-    latents (N, C, H, W), step (N,) indices into the schedule, embeds (2, N, L, D) -> (N, C, H, W) float32"""
-    output = unet(torch.cat([latents, latents]), schedule.timesteps[step].repeat(2), embeds.flatten(0, 1)).sample
+    latents (N, C, H, W), t (N,) timesteps from 0 to 999, embeds (2, N, L, D) -> (N, C, H, W) float32"""
+    output = unet(torch.cat([latents, latents]), t.repeat(2), embeds.flatten(0, 1)).sample
     noise_pred_uncond, noise_pred_text = output.float().chunk(2)
     noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)
     if schedule.prediction_type == "v_prediction":
-        abar = schedule.alphas_cumprod[step].view(-1, 1, 1, 1)
+        abar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
         noise_pred = abar.sqrt() * noise_pred + (1 - abar).sqrt() * latents
     return noise_pred
 
@@ -146,7 +143,7 @@ def sample_images(unet, embeds, noise, schedule, args):
     latents, n = [noise[:, 0]], args.micro_batch
     for i in range(args.num_steps):
         step = torch.full((len(noise),), i, device=args.device)
-        parts = zip(latents[-1].split(n), step.split(n), embeds.split(n, 1))
+        parts = zip(latents[-1].split(n), schedule.timesteps[step].split(n), embeds.split(n, 1))
         noise_pred = torch.cat([predict_noise(unet, *part, schedule, args.guidance_scale) for part in parts])
         latents.append(ddpm_step(noise_pred, latents[-1], step, schedule, noise[:, i + 1]))
     return torch.stack(latents, 1)
@@ -180,8 +177,8 @@ def compute_weights(rewards, prompts, args):
     return weights.diagonal().numpy(), {"effective_samples": float((1 / weights.square().sum(1)).mean())}
 
 def add_noise(latents, noise, t, schedule):
-    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (line 24). latents, noise (n, C, H, W); t (n,) of training."""
-    abar = schedule.training.alphas_cumprod[t].view(-1, 1, 1, 1)
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (line 24). latents, noise (n, C, H, W); t (n,)."""
+    abar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
     return abar.sqrt() * latents + (1 - abar).sqrt() * noise
 
 def compute_loss(noise_pred, noise, pairs, args):
@@ -195,17 +192,18 @@ def accumulate_gradients(unet, data, schedule, args, scaler):
     data: latents (N, C, H, W), embeds (2, N, L, D), weights (N,), and the draws, timesteps (N, D) and noise
     (N, D, C, H, W). A weight that float32 loses beside the prompt's others, whose sum is 1, is left out.
     Returns the loss and compute_loss's info, means over all pairs; or {} where every weight is 0."""
-    indices, totals = (data["weights"][:, None] > 1e-7).expand(data["timesteps"].shape).nonzero(), {}  # (pairs, 2)
+    matters = (data["weights"][:, None] > 1e-7).expand(data["timesteps"].shape)  # (N, D)
+    count, indices, totals = matters.numel(), matters.nonzero(), {}  # (pairs, 2)
     for i, k in (few.T for few in indices.split(args.micro_batch) if len(few)):
         t, noise = data["timesteps"][i, k], data["noise"][i, k]
         latents = add_noise(data["latents"][i], noise, t, schedule)
-        noise_pred = predict_noise(unet, latents, t, data["embeds"][:, i], schedule.training, args.guidance_scale)
+        noise_pred = predict_noise(unet, latents, t, data["embeds"][:, i], schedule, args.guidance_scale)
         loss, info = compute_loss(noise_pred, noise, {"weights": data["weights"][i]}, args)
-        scaler.scale(loss.sum() / data["timesteps"].numel()).backward()
+        scaler.scale(loss.sum() / count).backward()
         for name, x in {"loss": loss, **info}.items():
-            totals[name] = totals.get(name, 0.0) + x.detach().sum()
-    counts = {"loss": data["timesteps"].numel()}
-    return {name: float(x) / counts.get(name, len(indices)) for name, x in totals.items()}
+            totals.setdefault(name, []).append(x.detach())
+    totals = {name: torch.cat(x) for name, x in totals.items()}
+    return {name: float(x.sum() / count if name == "loss" else x.mean()) for name, x in totals.items()}
 
 # ---- files ----
 
@@ -441,7 +439,7 @@ def main(args):
         # ---- train ----
         weights, weights_info = compute_weights(rewards, batch_prompts, args)
         data = {"latents": latents, "embeds": embeds, "weights": torch.tensor(weights).to(latents)}
-        updates, draws, total = [], args.num_steps, len(schedule.training.timesteps)
+        updates, draws, total = [], args.num_steps, len(schedule.alphas_cumprod)
         for _ in range(args.num_updates):  # on as many draws of noise and timestep as steps, new ones each time
             noise = torch.stack([torch.randn((draws, *shape), generator=g) for g in generators])
             timesteps = torch.stack([torch.randint(total, (draws,), generator=g) for g in generators])

@@ -149,7 +149,7 @@ def test_a_step_without_noise_has_no_kl(tiny_sd_v):
     with torch.no_grad():
         for s in range(5):  # of 6
             x, step = data["latents"][:, s], torch.full((4,), s)
-            noise_pred = ddpo_iskl.predict_noise(policy[0], x, step, data["embeds"], schedule, args.guidance_scale)
+            noise_pred = ddpo_iskl.predict_noise(policy[0], x, schedule.timesteps[step], data["embeds"], schedule, 5.0)
             mean = ddpo_iskl.ddpm_step(noise_pred, x, step, schedule, noise=x)[2]
             kl += ((mean - data["mean_ref"][:, s]) ** 2 / (2 * schedule.sigmas[s] ** 2)).sum((1, 2, 3)).mean()
     assert info["kl_ref"] == pytest.approx(float(kl), rel=1e-3)
@@ -216,6 +216,9 @@ def test_sparse_weights_at_above_and_below_the_threshold():
     args = SimpleNamespace(threshold=None, quantile=0.75)
     weights, info = rwr_sparse.compute_weights(np.arange(9.0), ["cat"] * 9, args)
     assert info["threshold"] == 6.0 and weights.tolist() == [0.0] * 6 + [1.0] * 3
+    prompts = ["cat", "dog"] * 5  # each prompt has a quantile of its own: a dog is never better than a cat here
+    weights, info = rwr_sparse.compute_weights(np.array([100.0, 1.0] * 5) + np.arange(10.0), prompts, args)
+    assert weights.tolist() == [0.0] * 6 + [1.0] * 4 and info == {"threshold": 57.0, "passed": 0.4}
     args = SimpleNamespace(threshold=0.0, quantile=0.9)  # a threshold of 0 is a threshold
     assert rwr_sparse.compute_weights(-rewards, ["cat"] * 4, args)[0].sum() == 0
 
@@ -227,7 +230,6 @@ def test_the_noised_latent_equals_diffusers_add_noise(prediction_type):
     g = torch.Generator().manual_seed(0)
     latents, noise = torch.randn((2, 1000, 4, 2, 2), generator=g)
     t = torch.arange(1000)
-    assert torch.equal(schedule.training.timesteps, t)
     torch.testing.assert_close(rwr.add_noise(latents, noise, t, schedule), scheduler.add_noise(latents, noise, t))
 
 
@@ -258,7 +260,7 @@ def test_the_weighted_loss_and_its_gradient_equal_a_sum_by_hand(tiny_sd, script,
             total = total + data["weights"][i] * ((noise - (uncond + 5.0 * (cond - uncond))) ** 2).mean()
     expected = torch.autograd.grad(total / 24, list(params.values()), allow_unused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    info = script.accumulate_gradients(unet, data, torch.arange(4), schedule, args, scaler)
+    info = script.accumulate_gradients(unet, data, schedule, args, scaler)
     assert info["loss"] == pytest.approx(float(total.detach()) / 24, rel=1e-5)
     scale = max(float(e.abs().max()) for e in expected if e is not None)
     for p, e in zip(params.values(), expected):
@@ -266,15 +268,35 @@ def test_the_weighted_loss_and_its_gradient_equal_a_sum_by_hand(tiny_sd, script,
             torch.testing.assert_close(p.grad, e, rtol=1e-3, atol=1e-5 * scale)
 
 
-def test_each_prompt_is_drawn_several_times_and_the_samples_differ(tiny_sd, tmp_path, monkeypatch):
-    seen, real = [], rwr.compute_weights
-    monkeypatch.setattr(
-        rwr,
-        "compute_weights",
-        lambda rewards, prompts, args: seen.append((rewards, prompts)) or real(rewards, prompts, args),
-    )
+def test_a_weight_that_float32_loses_is_left_out_of_the_computation(tiny_sd):
+    unet, params, data, schedule, args = rwr_data(tiny_sd, rwr)
+    rows = []
+    unet.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0]) // 2))
+    data["weights"] = torch.tensor([1.0, 1e-9, 1e-6, 0.0])
+    rwr.accumulate_gradients(unet, data, schedule, args, torch.amp.GradScaler("cpu", enabled=False))
+    assert sum(rows) == 2 * 6
+
+
+@pytest.mark.parametrize("script", [rwr, rwr_sparse])
+def test_every_update_takes_all_samples_with_noise_of_its_own(tiny_sd, tmp_path, monkeypatch, script):
+    seen, real = [], script.accumulate_gradients
+    spy = lambda unet, data, *rest: seen.append((data["noise"], data["timesteps"])) or real(unet, data, *rest)
+    monkeypatch.setattr(script, "accumulate_gradients", spy)
+    options = dict(num_samples=8, num_steps=50, iterations=1, num_updates=3, device="cpu")
+    script.main(script.Args(model=tiny_sd, out=str(tmp_path), **options))
+    assert len(seen) == 3 and all(noise.shape == (8, 50, 4, 8, 8) for noise, _ in seen)
+    noise, timesteps = (torch.stack(x) for x in zip(*seen))  # (3, 8, 50, ...)
+    assert len(noise.flatten(0, 2).unique(dim=0)) == 3 * 8 * 50
+    assert timesteps.min() < 10 and timesteps.max() > 989  # uniform over all 1000, whatever the 50 of sampling
+
+
+@pytest.mark.parametrize("script", [rwr, rwr_sparse])
+def test_each_prompt_is_drawn_several_times_and_the_samples_differ(tiny_sd, tmp_path, monkeypatch, script):
+    seen, real = [], script.compute_weights
+    spy = lambda rewards, prompts, args: seen.append((rewards, prompts)) or real(rewards, prompts, args)
+    monkeypatch.setattr(script, "compute_weights", spy)
     options = dict(num_samples=12, samples_per_prompt=4, num_steps=4, iterations=1, num_updates=1, device="cpu")
-    rwr.main(rwr.Args(model=tiny_sd, out=str(tmp_path), **options))
+    script.main(script.Args(model=tiny_sd, out=str(tmp_path), **options))
     ((rewards, prompts),) = seen
     assert [prompts[i : i + 4] for i in (0, 4, 8)] == [[prompts[i]] * 4 for i in (0, 4, 8)]
     assert len(set(prompts)) > 1 and len(set(rewards.tolist())) > 6

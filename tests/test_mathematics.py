@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 
 import ddpo_is
+import rwr
 
 STABLE_DIFFUSION = dict(
     beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, set_alpha_to_one=False, steps_offset=1
@@ -30,7 +31,7 @@ def test_ddpm_step_equals_diffusers_ddim_with_eta_1(prediction_type):
         step = torch.full((2,), i)
         # the unet returns `output` for cond and uncond alike, so that guidance leaves it as it is
         unet = lambda x, t, embeds: SimpleNamespace(sample=torch.cat([output, output]))
-        noise_pred = ddpo_is.predict_noise(unet, latents, step, torch.zeros(2, 2, 3, 4), schedule, 5.0)
+        noise_pred = ddpo_is.predict_noise(unet, latents, t.expand(2), torch.zeros(2, 2, 3, 4), schedule, 5.0)
         expected = scheduler.step(output, t, latents, eta=1.0, variance_noise=noise).prev_sample
         expected_mean = scheduler.step(output, t, latents, eta=1.0, variance_noise=torch.zeros_like(noise)).prev_sample
         next_latents, _, mean = ddpo_is.ddpm_step(noise_pred, latents, step, schedule, noise=noise)
@@ -62,6 +63,27 @@ def test_guidance_mixes_cond_and_uncond():
     embeds = torch.stack([torch.full((2, 3, 4), 1.0), torch.full((2, 3, 4), 3.0)])
     noise_pred = ddpo_is.predict_noise(unet, torch.zeros(2, 4, 8, 8), torch.tensor([0, 1]), embeds, schedule, 5.0)
     torch.testing.assert_close(noise_pred, torch.full((2, 4, 8, 8), 1.0 + 5.0 * (3.0 - 1.0)))
+
+
+@pytest.mark.parametrize("folder", ["tiny_sd", "tiny_sd_v"])
+@pytest.mark.parametrize("script", [ddpo_is, rwr])
+def test_the_sampler_draws_what_diffusers_own_pipeline_draws(folder, script, request):
+    """The whole chain, the UNet's timesteps and the guidance included, against StableDiffusionPipeline with eta = 1."""
+    options = dict(num_steps=7, micro_batch=3, device="cpu", precision="fp32", lora_rank=0)
+    args = script.Args(model=request.getfixturevalue(folder), **options)
+    pipe, _ = script.load_model(args)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["cat", "dog"]
+    noise = torch.stack([torch.randn((2, 4, 8, 8), generator=script.make_generator(1, k)) for k in range(8)], 1)
+    options = dict(num_inference_steps=7, guidance_scale=5.0, eta=1.0, output_type="latent", latents=noise[:, 0])
+    with pytest.MonkeyPatch.context() as patch:
+        steps = iter(noise[:, 1:].unbind(1))
+        patch.setattr("diffusers.schedulers.scheduling_ddim.randn_tensor", lambda *args, **kwargs: next(steps))
+        expected = pipe(prompts, **options).images
+    schedule = script.make_schedule(DDIMScheduler.from_config(pipe.scheduler.config), 7, "cpu")
+    embeds = script.embed_prompts(pipe, prompts, {}, args)
+    sample = script.sample_images if script is rwr else lambda *a: script.sample_trajectories(*a)[0]
+    torch.testing.assert_close(sample(pipe.unet, embeds, noise, schedule, args)[:, -1], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_unknown_prediction_type_is_refused():
@@ -147,7 +169,8 @@ def test_the_first_gradient_is_reinforce(tiny_sd):
     for i in range(4):
         for s in range(6):
             x, y, step = data["latents"][i : i + 1, s], data["latents"][i : i + 1, s + 1], torch.tensor([s])
-            noise_pred = ddpo_is.predict_noise(pipe.unet, x, step, data["embeds"][:, i : i + 1], schedule, 5.0)
+            t, embeds = schedule.timesteps[step], data["embeds"][:, i : i + 1]
+            noise_pred = ddpo_is.predict_noise(pipe.unet, x, t, embeds, schedule, 5.0)
             loss = loss - data["advantages"][i, s] * ddpo_is.ddpm_step(noise_pred, x, step, schedule, next_latents=y)[1]
     expected = torch.autograd.grad(loss.sum() / 24, list(params.values()), allow_unused=True)
     expected = torch.cat([e.flatten() for e in expected if e is not None])

@@ -362,6 +362,8 @@ def test_bad_input_gets_one_line(tiny_sd, tmp_path, capsys, changes, words):
         (rwr, dict(beta=-1.0), ["--beta -1.0"]),
         (rwr, dict(beta=float("nan")), ["--beta nan"]),
         (rwr_sparse, dict(quantile=90.0), ["--quantile 90.0"]),
+        (rwr_sparse, dict(num_samples=6), ["--num-samples 6", "4 per prompt"]),
+        (rwr_sparse, dict(samples_per_prompt=1), ["--samples-per-prompt 1", "nothing is learned"]),
     ],
 )
 def test_what_each_script_refuses(tiny_sd, tmp_path, capsys, script, changes, words):
@@ -369,8 +371,16 @@ def test_what_each_script_refuses(tiny_sd, tmp_path, capsys, script, changes, wo
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("script, changes", [(rwr, dict(beta=0.0)), (ddpo_iskl, dict(kl_coef=0.0))])
-def test_no_weighting_and_no_penalty_can_be_asked_for(tiny_sd, script, changes):
+@pytest.mark.parametrize(
+    "script, changes",
+    [
+        (rwr, dict(beta=0.0)),
+        (rwr, dict(num_updates=3)),  # not a divisor of 16: every update takes all samples
+        (rwr_sparse, dict(threshold=-2.0, samples_per_prompt=1)),
+        (ddpo_iskl, dict(kl_coef=0.0)),
+    ],
+)
+def test_what_may_be_asked_for(tiny_sd, script, changes):
     script.resolve(script.Args(model=str(tiny_sd), device="cpu", **changes))
 
 

@@ -21,8 +21,8 @@ SHARED = {
     "imports": [ALL],
     "Args": [ALL],
     "predict_noise embed_prompts decode make_generator save_checkpoint load_checkpoint save_images": [ALL],
-    "load_prompts open_run load_model finish one_line main/reward main/log __main__": [ALL],
-    "make_schedule ddpm_step evaluate accumulate_gradients": [POLICY_GRADIENT, REGRESSION],
+    "make_schedule load_prompts open_run load_model finish one_line main/reward main/log __main__": [ALL],
+    "ddpm_step evaluate accumulate_gradients": [POLICY_GRADIENT, REGRESSION],
     "sample_trajectories compute_advantages resolve main/sample": [POLICY_GRADIENT],
     "sample_images add_noise compute_loss resolve main/start main/sample main/train": [REGRESSION],
     "main/start": [["ddpo_is", "ddpo_sf"]],
@@ -39,7 +39,7 @@ OWN = {
 # fields of Args whose default is the algorithm's own
 OWN_DEFAULTS = {"num_updates", "lr"}
 # `diff A B | grep -c '^[<>]'`
-BUDGETS = {("ddpo_sf", "ddpo_is"): 45, ("ddpo_is", "ddpo_iskl"): 50, ("rwr", "rwr_sparse"): 55, ("ddpo_sf", "rwr"): 180}
+BUDGETS = {("ddpo_sf", "ddpo_is"): 45, ("ddpo_is", "ddpo_iskl"): 40, ("rwr", "rwr_sparse"): 25, ("ddpo_sf", "rwr"): 180}
 
 
 @cache
