@@ -102,7 +102,7 @@ def test_the_reference_scores_the_policys_own_trajectory(tiny_sd, lora_rank):
     for s in range(args.num_steps):
         x, y, step = data["latents"][:, s], data["latents"][:, s + 1], torch.full((4,), s)
         with torch.no_grad():
-            noise_pred = ddpo_iskl.predict_noise(pretrained, x, step, data["embeds"], schedule, args.guidance_scale)
+            noise_pred = ddpo_iskl.predict_noise(pretrained, x, schedule.timesteps[step], data["embeds"], schedule, 5.0)
         _, log_prob, mean = ddpo_iskl.ddpm_step(noise_pred, x, step, schedule, next_latents=y)
         torch.testing.assert_close(scored["log_prob_ref"][:, s], log_prob, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(scored["mean_ref"][:, s], mean, atol=1e-5, rtol=1e-5)
@@ -305,7 +305,7 @@ def test_each_prompt_is_drawn_several_times_and_the_samples_differ(tiny_sd, tmp_
 def test_no_sample_over_the_threshold_skips_the_update_with_one_line(tiny_sd, tmp_path, capsys):
     options = dict(num_samples=4, num_updates=2, num_steps=4, iterations=2, device="cpu", weight_decay=0.1)
     run = rwr_sparse.main(rwr_sparse.Args(model=tiny_sd, out=str(tmp_path), threshold=1e6, **options))
-    assert capsys.readouterr().out.count("it is skipped") == 4
+    assert capsys.readouterr().out.count("the update is skipped") == 4
     start = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None).unet.state_dict()
     end = rwr_sparse.UNet2DConditionModel.from_pretrained(run / "unet").state_dict()
     assert all(torch.equal(start[name], end[name]) for name in start)
