@@ -13,7 +13,8 @@ The reference scores the *policy's own* trajectory (line 29), the same x_t and x
 as the paper's code has it, the penalty measures that noise. `diff ddpo_is.py ddpo_iskl.py`
 
     python ddpo_iskl.py --reward compress --lr 3e-4             70 iterations: 2.185 -> 1.891 +- 0.052 kB, 9 min, n = 3
-    ... --iterations 20 --num-steps 20    a quick look        ... --resume runs/NAME    go on where a run stopped
+    ... --iterations 20 --num-steps 20    a quick look;  ... --resume runs/NAME    go on where a run stopped
+    ... --model FOLDER_OR_NAME            without it Stable Diffusion v1.4 on a GPU, the 64 px models/emoji on a CPU
 
 log_prob is the *mean* over the latent's dimensions: Table 1's clip range of 1e-4 only makes sense for the mean (the sum
 over 16,384 dimensions overflows exp).

@@ -10,8 +10,9 @@ Only the first of an iteration's --num-updates 4 (Table 1) is on-policy: the oth
 samples, drawn before the weights moved, and nothing corrects for it. --num-updates 1 is the unbiased estimator; what
 corrects is importance sampling, `diff ddpo_sf.py ddpo_is.py`.
 
-    python ddpo_sf.py --reward compress --lr 3e-4                 see README.md, Results
-    ... --iterations 20 --num-steps 20    a quick look        ... --resume runs/NAME    go on where a run stopped
+    python ddpo_sf.py --reward compress --lr 3e-4           T = 20, 60 iterations: 2.204 -> 2.052 +- 0.304 kB, n = 3
+    ... --iterations 20 --num-steps 20    a quick look;  ... --resume runs/NAME    go on where a run stopped
+    ... --model FOLDER_OR_NAME            without it Stable Diffusion v1.4 on a GPU, the 64 px models/emoji on a CPU
 
 log_prob is the *mean* over the latent's dimensions: Table 1's clip range of 1e-4 only makes sense for the mean (the sum
 over 16,384 dimensions overflows exp).
