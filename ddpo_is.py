@@ -10,12 +10,9 @@ picture is the return of all of them. For every (sample, step) pair, with A the 
     python ddpo_is.py --reward compress --lr 3e-4                 2.185 -> 0.891 +- 0.219 kB, 20 min on 2 cores, n = 3
     ... --iterations 20 --num-steps 20    a quick look;  ... --resume runs/NAME    go on where a run stopped
     ... --model FOLDER_OR_NAME            without it Stable Diffusion v1.4 on a GPU, the 64 px models/emoji on a CPU
-
-log_prob is the *mean* over the latent's dimensions: Table 1's clip range of 1e-4 only makes sense for the mean (the sum
-over 16,384 dimensions overflows exp).
 """
 
-import csv, json, os, re, shlex, shutil, signal, subprocess, sys, time  # noqa: I001
+import csv, json, os, re, shlex, shutil, signal, subprocess, sys, time, warnings  # noqa: I001
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,7 +130,8 @@ def predict_noise(unet, latents, t, embeds, schedule, guidance_scale):
 def ddpm_step(noise_pred, latents, step, schedule, noise=None, next_latents=None):
     """One step of the chain (lines 16-18): draws x_{t-1} with `noise`, or scores a given `next_latents`.
     noise_pred, latents, noise, next_latents (N, C, H, W) float32, step (N,) -> next_latents, log_prob (N,), mean.
-    log_prob is the mean over dimensions, and 0 where sigma = 0: that step is deterministic and has no density."""
+    log_prob is the *mean* over dimensions: a clip range of 1e-4 only makes sense for that (a sum over 16,384 dimensions
+    overflows exp); and 0 where sigma = 0: that step is deterministic and has no density."""
     abar, alpha, beta, sigma = schedule.tables[:, step, None, None, None]
     # Algorithms 4 and 5 print sqrt(1 - alpha_t) here; Algorithm 3's sqrt(1 - abar_t) is the DDPM mean
     mean = (latents - beta / (1 - abar).sqrt() * noise_pred) / alpha.sqrt()
@@ -144,7 +142,7 @@ def ddpm_step(noise_pred, latents, step, schedule, noise=None, next_latents=None
 
 @torch.no_grad()
 def sample_trajectories(unet, embeds, noise, schedule, args):
-    """Run the policy (lines 9-19). embeds (2, N, L, D), noise (N, T + 1, C, H, W): first the initial latent's.
+    """Run the policy (lines 9-19; RWR: 8). embeds (2, N, L, D), noise (N, T + 1, C, H, W): first the initial latent's.
     Returns latents (N, T + 1, C, H, W) float32, x_T first and x_0 last, and log_probs (N, T)."""
     noise = noise.to(args.device)
     latents, log_probs, n = [noise[:, 0]], [], args.micro_batch  # as in training: another batch size rounds otherwise
@@ -253,9 +251,10 @@ def load_checkpoint(run, params, optimizer):
 
 def save_images(path, images, rows):
     """images uint8 (N, H, W, 3) -> one PNG of so many rows, at most 2048 pixels wide."""
-    grid = np.concatenate([np.concatenate(row, 1) for row in np.split(images, rows)])
+    grid = Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in np.split(images, rows)]))
+    grid.thumbnail((2048, 2048))
     path.parent.mkdir(exist_ok=True)
-    Image.fromarray(grid).resize([x * min(2048, grid.shape[1]) // grid.shape[1] for x in grid.shape[1::-1]]).save(path)
+    grid.save(path)
 
 def evaluate(pipe, run, iteration, prompts, score, alignment, cache, schedule, shape, args):
     """Up to 16 fixed prompts, two fixed noises each: writes the grid and the trajectory strip, returns the metrics."""
@@ -331,9 +330,9 @@ def resolve(args):
     args.micro_batch = args.micro_batch or max(1, min(64, 2**17 // int(np.prod(shape))))  # 8 for Stable Diffusion
     trained = f"LoRA rank {args.lora_rank} on attention" if args.lora_rank else "full fine-tuning"
     print(f"{args.model} on {args.device} in {args.precision} ({why}); UNet of {size / 1e6:.1f} M, {trained}")
-    samples, steps, updates = args.num_samples, args.num_steps, args.num_updates
-    print(f"{samples} samples = {samples // updates} x {updates} updates; {steps} steps; ", end="")
-    print(f"{samples // updates * steps} pairs an update in microbatches of {args.micro_batch}")
+    share, steps = args.num_samples // args.num_updates, args.num_steps
+    print(f"{args.num_samples} samples; {args.num_updates} updates of {share} samples x {steps} steps = ", end="")
+    print(f"{share * steps} pairs, in microbatches of {args.micro_batch}")
     return make_schedule(scheduler, args.num_steps, args.device), shape
 
 def open_run(args, script):
@@ -416,7 +415,7 @@ def main(args):
         adam = {"betas": args.adam_betas, "eps": args.adam_eps, "weight_decay": args.weight_decay}
         optimizer = torch.optim.AdamW(params.values(), args.lr, **adam)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
-    state = {"rows": [], "history": {}, "skipped": 0, "warned": False, "scaler": scaler.state_dict()}
+    state = {"rows": [], "history": {}, "skipped": 0, "scaler": scaler.state_dict()}
     if args.resume:
         state = load_checkpoint(run, params, optimizer)
         scaler.load_state_dict(state["scaler"])
@@ -460,7 +459,7 @@ def main(args):
                     args.micro_batch //= 2
                     if args.micro_batch == 0:
                         sys.exit("out of memory at --micro-batch 1: try --gradient-checkpointing or --precision bf16")
-                    print(f"out of memory: the update is redone with microbatches of {args.micro_batch}")
+                    warnings.warn(f"out of memory: redone with microbatches of {args.micro_batch}", stacklevel=1)
             scaler.unscale_(optimizer)
             info["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(params.values(), args.max_grad_norm))
             finite = bool(np.isfinite(info["loss"] + info["grad_norm"]))
@@ -473,9 +472,8 @@ def main(args):
             updates.append(info | {"skipped": int(not finite)})
         metrics = {name: float(np.mean([info[name] for info in updates])) for name in updates[0]}
         metrics["ratio_err"] = updates[0]["ratio_err"]  # of the first update, where the ratio is 1 but for rounding
-        if metrics["ratio_err"] > args.clip_range / 10 and not state["warned"]:
-            state["warned"] = True
-            print(f"ratio_err {metrics['ratio_err']:.1e} is over a tenth of the clip range: use --precision fp32")
+        if metrics["ratio_err"] > args.clip_range / 10:  # said once a run
+            warnings.warn("ratio_err is over a tenth of the clip range: use --precision fp32", stacklevel=1)
         clock.append(time.time())
         # ---- log ----
         row = {"iteration": iteration, "samples": iteration * args.num_samples}

@@ -6,18 +6,17 @@ With several samples of each prompt, and x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_
     w_i  = 1 if r_i >= C else 0                                      C given, or a quantile of the prompt's raw rewards
     loss = w_i * mean((eps - eps_hat)^2)                             t uniform over all training timesteps
 
-It knows the rewards of finished pictures only, not the steps that led there: what it maximises is an approximation.
-eps_hat is the guided prediction, as Algorithm 1 has it. On the emoji model the lightly tuned defaults drift to plain
-pictures whatever the reward; --guidance-scale 1, LoRA and many samples a prompt do not (README.md, The RWR pair). The
-original DDPO code has beta 0.2 or the 90th percentile for Stable Diffusion, and thousands of samples an iteration.
-`diff rwr.py rwr_sparse.py`
+It knows the rewards of finished pictures only; eps_hat is the guided prediction, as Algorithm 1 has it. On the emoji
+model the lightly tuned defaults drift to plain pictures whatever the reward; --guidance-scale 1, LoRA and many samples
+a prompt do not (README.md, The RWR pair). The original DDPO code has beta 0.2 or the 90th percentile for Stable
+Diffusion, and thousands of samples an iteration. `diff rwr.py rwr_sparse.py`
 
     python rwr_sparse.py --reward compress --lr 1e-4        T = 20, 40 iterations: 2.204 -> 1.104 +- 0.029 kB, n = 3
     ... --iterations 20 --num-steps 20    a quick look;  ... --resume runs/NAME    go on where a run stopped
     ... --model FOLDER_OR_NAME            without it Stable Diffusion v1.4 on a GPU, the 64 px models/emoji on a CPU
 """
 
-import csv, json, os, re, shlex, shutil, signal, subprocess, sys, time  # noqa: I001
+import csv, json, os, re, shlex, shutil, signal, subprocess, sys, time, warnings  # noqa: I001
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,23 +133,33 @@ def predict_noise(unet, latents, t, embeds, schedule, guidance_scale):
         noise_pred = abar.sqrt() * noise_pred + (1 - abar).sqrt() * latents
     return noise_pred
 
-def ddpm_step(noise_pred, latents, step, schedule, noise):
-    """One step of the chain: draws x_{t-1} with `noise`. noise_pred, latents, noise (N, C, H, W) float32, step (N,)."""
+def ddpm_step(noise_pred, latents, step, schedule, noise=None, next_latents=None):
+    """One step of the chain (lines 16-18): draws x_{t-1} with `noise`, or scores a given `next_latents`.
+    noise_pred, latents, noise, next_latents (N, C, H, W) float32, step (N,) -> next_latents, log_prob (N,), mean.
+    log_prob is the *mean* over dimensions: a clip range of 1e-4 only makes sense for that (a sum over 16,384 dimensions
+    overflows exp); and 0 where sigma = 0: that step is deterministic and has no density."""
     abar, alpha, beta, sigma = schedule.tables[:, step, None, None, None]
-    return (latents - beta / (1 - abar).sqrt() * noise_pred) / alpha.sqrt() + sigma * noise
+    # Algorithms 4 and 5 print sqrt(1 - alpha_t) here; Algorithm 3's sqrt(1 - abar_t) is the DDPM mean
+    mean = (latents - beta / (1 - abar).sqrt() * noise_pred) / alpha.sqrt()
+    next_latents = mean + sigma * noise if next_latents is None else next_latents
+    scale = torch.where(sigma > 0, sigma, 1.0)
+    log_density = -0.5 * ((next_latents - mean) / scale) ** 2 - scale.log() - 0.5 * np.log(2 * np.pi)
+    return next_latents, torch.where(sigma > 0, log_density, 0.0).mean((1, 2, 3)), mean
 
 @torch.no_grad()
-def sample_images(unet, embeds, noise, schedule, args):
-    """Run the policy (line 8). embeds (2, N, L, D), noise (N, T + 1, C, H, W): first the initial latent's.
-    Returns latents (N, T + 1, C, H, W) float32, x_T first and x_0 last."""
+def sample_trajectories(unet, embeds, noise, schedule, args):
+    """Run the policy (lines 9-19; RWR: 8). embeds (2, N, L, D), noise (N, T + 1, C, H, W): first the initial latent's.
+    Returns latents (N, T + 1, C, H, W) float32, x_T first and x_0 last, and log_probs (N, T)."""
     noise = noise.to(args.device)
-    latents, n = [noise[:, 0]], args.micro_batch
+    latents, log_probs, n = [noise[:, 0]], [], args.micro_batch  # as in training: another batch size rounds otherwise
     for i in range(args.num_steps):
         step = torch.full((len(noise),), i, device=args.device)
         parts = zip(latents[-1].split(n), schedule.timesteps[step].split(n), embeds.split(n, 1))
         noise_pred = torch.cat([predict_noise(unet, *part, schedule, args.guidance_scale) for part in parts])
-        latents.append(ddpm_step(noise_pred, latents[-1], step, schedule, noise[:, i + 1]))
-    return torch.stack(latents, 1)
+        next_latents, log_prob, _ = ddpm_step(noise_pred, latents[-1], step, schedule, noise=noise[:, i + 1])
+        latents.append(next_latents)
+        log_probs.append(log_prob)
+    return torch.stack(latents, 1), torch.stack(log_probs, 1)
 
 @torch.no_grad()
 def embed_prompts(pipe, prompts, cache, args):
@@ -243,16 +252,17 @@ def load_checkpoint(run, params, optimizer):
 
 def save_images(path, images, rows):
     """images uint8 (N, H, W, 3) -> one PNG of so many rows, at most 2048 pixels wide."""
-    grid = np.concatenate([np.concatenate(row, 1) for row in np.split(images, rows)])
+    grid = Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in np.split(images, rows)]))
+    grid.thumbnail((2048, 2048))
     path.parent.mkdir(exist_ok=True)
-    Image.fromarray(grid).resize([x * min(2048, grid.shape[1]) // grid.shape[1] for x in grid.shape[1::-1]]).save(path)
+    grid.save(path)
 
 def evaluate(pipe, run, iteration, prompts, score, alignment, cache, schedule, shape, args):
     """Up to 16 fixed prompts, two fixed noises each: writes the grid and the trajectory strip, returns the metrics."""
     few = [prompts[i] for i in np.linspace(0, len(prompts) - 1, min(16, len(prompts))).astype(int)] * 2 + ["elephant"]
     noise = [torch.randn((args.num_steps + 1, *shape), generator=make_generator(0, 0, i, 1)) for i in range(len(few))]
     embeds = embed_prompts(pipe, few, cache, args)
-    latents = sample_images(pipe.unet, embeds, torch.stack(noise), schedule, args)
+    latents, _ = sample_trajectories(pipe.unet, embeds, torch.stack(noise), schedule, args)
     marks = [1] + [max(1, k * args.num_steps // 5) for k in range(1, 6)]  # steps 0 9 19 29 39 49 of 50, as in Figure 4
     save_images(run / f"trajectory/{iteration:04d}.png", decode(pipe.vae, latents[-1, marks]), 1)
     images, few = decode(pipe.vae, latents[:-1, -1]), few[:-1]
@@ -325,9 +335,9 @@ def resolve(args):
     args.micro_batch = args.micro_batch or max(1, min(64, 2**17 // int(np.prod(shape))))  # 8 for Stable Diffusion
     trained = f"LoRA rank {args.lora_rank} on attention" if args.lora_rank else "full fine-tuning"
     print(f"{args.model} on {args.device} in {args.precision} ({why}); UNet of {size / 1e6:.1f} M, {trained}")
-    samples, steps, peers = args.num_samples, args.num_steps, args.samples_per_prompt
-    print(f"{samples} samples = {samples // peers} prompts x {peers}; {steps} steps; ", end="")
-    print(f"{args.num_updates} updates of {samples * steps} pairs, less those of weight 0, by {args.micro_batch}")
+    share, steps = args.num_samples, args.num_steps
+    print(f"{args.num_samples} samples; {args.num_updates} updates of {share} samples x {steps} steps = ", end="")
+    print(f"{share * steps} pairs, in microbatches of {args.micro_batch}")
     return make_schedule(scheduler, args.num_steps, args.device), shape
 
 def open_run(args, script):
@@ -410,7 +420,7 @@ def main(args):
         adam = {"betas": args.adam_betas, "eps": args.adam_eps, "weight_decay": args.weight_decay}
         optimizer = torch.optim.AdamW(params.values(), args.lr, **adam)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
-    state = {"rows": [], "skipped": 0, "scaler": scaler.state_dict()}
+    state = {"rows": [], "history": {}, "skipped": 0, "scaler": scaler.state_dict()}
     if args.resume:
         state = load_checkpoint(run, params, optimizer)
         scaler.load_state_dict(state["scaler"])
@@ -435,15 +445,15 @@ def main(args):
         batch_prompts = np.repeat(batch_prompts, args.samples_per_prompt).tolist()
         noise = torch.stack([torch.randn((args.num_steps + 1, *shape), generator=g) for g in generators])
         embeds = embed_prompts(pipe, batch_prompts, cache, args)
-        latents = sample_images(pipe.unet, embeds, noise, schedule, args)[:, -1]
-        images = decode(pipe.vae, latents)
+        latents, _ = sample_trajectories(pipe.unet, embeds, noise, schedule, args)
+        images = decode(pipe.vae, latents[:, -1])
         clock.append(time.time())
         # ---- reward ----
         rewards, parts = score(images, batch_prompts)
         clock.append(time.time())
         # ---- train ----
         weights, weights_info = compute_weights(rewards, batch_prompts, args)
-        data = {"latents": latents, "embeds": embeds, "weights": torch.tensor(weights).to(latents)}
+        data = {"latents": latents[:, -1], "embeds": embeds, "weights": torch.tensor(weights).to(latents)}
         updates, draws, total = [], args.num_steps, len(schedule.alphas_cumprod)
         for _ in range(args.num_updates):  # on as many draws of noise and timestep as steps, new ones each time
             noise = torch.stack([torch.randn((draws, *shape), generator=g) for g in generators])
@@ -458,7 +468,7 @@ def main(args):
                     args.micro_batch //= 2
                     if args.micro_batch == 0:
                         sys.exit("out of memory at --micro-batch 1: try --gradient-checkpointing or --precision bf16")
-                    print(f"out of memory: the update is redone with microbatches of {args.micro_batch}")
+                    warnings.warn(f"out of memory: redone with microbatches of {args.micro_batch}", stacklevel=1)
             if not info:
                 print(f"iteration {iteration}: no sample has a weight: the update is skipped")
                 continue

@@ -4,7 +4,8 @@ python tests/test_scripts_in_sync.py --fix    copy the shared parts from the ref
 """
 
 import ast
-import difflib
+import shutil
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -21,11 +22,12 @@ SHARED = {
     "imports": [ALL],
     "Args": [ALL],
     "predict_noise embed_prompts decode make_generator save_checkpoint load_checkpoint save_images": [ALL],
-    "make_schedule load_prompts open_run load_model finish one_line main/reward main/log __main__": [ALL],
-    "ddpm_step evaluate accumulate_gradients": [POLICY_GRADIENT, REGRESSION],
-    "sample_trajectories compute_advantages resolve main/sample": [POLICY_GRADIENT],
-    "sample_images add_noise compute_loss resolve main/start main/sample main/train": [REGRESSION],
-    "main/start": [["ddpo_is", "ddpo_sf"]],
+    "make_schedule ddpm_step sample_trajectories evaluate load_prompts open_run load_model finish one_line": [ALL],
+    "main/reward main/log __main__": [ALL],
+    "main/start": [["ddpo_is", "ddpo_sf", "rwr", "rwr_sparse"]],
+    "accumulate_gradients resolve main/sample": [POLICY_GRADIENT, REGRESSION],
+    "compute_advantages": [POLICY_GRADIENT],
+    "add_noise compute_loss main/train": [REGRESSION],
 }
 # what is each script's own, and why
 OWN = {
@@ -39,7 +41,7 @@ OWN = {
 # fields of Args whose default is the algorithm's own
 OWN_DEFAULTS = {"num_updates", "lr"}
 # `diff A B | grep -c '^[<>]'`
-BUDGETS = {("ddpo_sf", "ddpo_is"): 45, ("ddpo_is", "ddpo_iskl"): 40, ("rwr", "rwr_sparse"): 25, ("ddpo_sf", "rwr"): 180}
+BUDGETS = {("ddpo_sf", "ddpo_is"): 45, ("ddpo_is", "ddpo_iskl"): 40, ("rwr", "rwr_sparse"): 25, ("ddpo_sf", "rwr"): 130}
 
 
 @cache
@@ -185,11 +187,12 @@ def test_fix_restores_the_shared_parts_and_nothing_else(tmp_path, monkeypatch):
     assert {script: read(script) for script in ALL} == texts
 
 
+@pytest.mark.skipif(shutil.which("diff") is None, reason="the budgets are those of diff")
 @pytest.mark.parametrize("pair", BUDGETS)
 def test_neighbours_differ_by_few_lines(pair):
-    a, b = (read(script).splitlines() for script in pair)
-    changed = [line for line in difflib.unified_diff(a, b, n=0, lineterm="") if line[:1] in "+-"][2:]
-    assert 0 < len(changed) <= BUDGETS[pair]
+    words = ["diff", *(str(ROOT / f"{script}.py") for script in pair)]
+    lines = subprocess.run(words, capture_output=True, text=True).stdout.splitlines()
+    assert 0 < sum(line[0] in "<>" for line in lines) <= BUDGETS[pair]
 
 
 if __name__ == "__main__":
