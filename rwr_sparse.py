@@ -289,15 +289,14 @@ def load_prompts(name):
 def resolve(args):
     """Check the arguments and settle those that depend on machine and model, in place; no weights are loaded yet.
     Returns the schedule and the shape of a latent, (C, H, W). Raises ValueError, or diffusers' OSError."""
-    positive = "lr iterations num_samples num_steps num_updates save_every adv_clip clip_range samples_per_prompt"
-    for name in positive.split():
-        if not getattr(args, name, 1) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
-    for name in ("kl_coef", "beta"):
-        if not getattr(args, name, 0) >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0 or greater")
-    if min(args.seed, args.micro_batch, args.lora_rank or 0, *args.adam_betas) < 0 or max(args.adam_betas) >= 1:
-        raise ValueError(f"--seed {args.seed}, --micro-batch, --lora-rank or --adam-betas: negative, or a beta over 1")
+    above = "lr iterations num_samples num_steps num_updates save_every adv_clip clip_range samples_per_prompt".split()
+    for name, x in vars(args).items():
+        if name in above and not x > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {x}: must be greater than 0")
+        if name in ("seed", "lora_rank", "micro_batch", "kl_coef", "beta") and not (x or 0) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {x}: must be 0 or greater")
+    if not all(0 <= beta < 1 for beta in args.adam_betas):
+        raise ValueError(f"--adam-betas {args.adam_betas}: must be from 0 to less than 1")
     if args.num_samples % args.samples_per_prompt:
         raise ValueError(f"--num-samples {args.num_samples}: not a multiple of {args.samples_per_prompt} per prompt")
     if args.samples_per_prompt == 1 and getattr(args, "threshold", None) is None:
@@ -417,8 +416,7 @@ def main(args):
         alignment = load_alignment(args.reward, args.device, f"{args.model}/clip")
         run = open_run(args, script)
         pipe, params = load_model(args)
-        adam = {"betas": args.adam_betas, "eps": args.adam_eps, "weight_decay": args.weight_decay}
-        optimizer = torch.optim.AdamW(params.values(), args.lr, **adam)
+        optimizer = torch.optim.AdamW(params.values(), args.lr, args.adam_betas, args.adam_eps, args.weight_decay)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
     state = {"rows": [], "history": {}, "skipped": 0, "scaler": scaler.state_dict()}
     if args.resume:
