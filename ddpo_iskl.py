@@ -12,7 +12,7 @@ picture is the return of all of them. For every (sample, step) pair, with A the 
 The reference scores the *policy's own* trajectory (line 29), the same x_t and x_{t-1}: rolled out on noise of its own,
 as the paper's code has it, the penalty measures that noise. `diff ddpo_is.py ddpo_iskl.py`
 
-    python ddpo_iskl.py --reward compress --lr 3e-4             70 iterations: 2.185 -> 1.891 +- 0.052 kB, 9 min, n = 3
+    python ddpo_iskl.py --reward compress --lr 3e-4       after 70 iterations: 2.185 -> 1.891 +- 0.052 kB, 8 min, n = 3
     ... --iterations 20 --num-steps 20    a quick look;  ... --resume runs/NAME    go on where a run stopped
     ... --model FOLDER_OR_NAME            without it Stable Diffusion v1.4 on a GPU, the 64 px models/emoji on a CPU
 """

@@ -10,7 +10,7 @@ Only the first of an iteration's --num-updates 4 (Table 1) is on-policy: the oth
 samples, drawn before the weights moved, and nothing corrects for it (the emoji model loses its pictures that way).
 --num-updates 1 is the unbiased estimator; what corrects is importance sampling, `diff ddpo_sf.py ddpo_is.py`.
 
-    python ddpo_sf.py --num-updates 1 --lr 1e-4                 70 iterations: 2.185 -> 1.650 +- 0.207 kB, 4 min, n = 3
+    python ddpo_sf.py --num-updates 1 --lr 1e-4 --iterations 70     2.185 -> 1.650 +- 0.207 kB, 4 min on 2 cores, n = 3
     ... --iterations 20 --num-steps 20    a quick look;  ... --resume runs/NAME    go on where a run stopped
     ... --model FOLDER_OR_NAME            without it Stable Diffusion v1.4 on a GPU, the 64 px models/emoji on a CPU
 """

@@ -7,11 +7,11 @@ With several samples of each prompt, and x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_
     loss = w_i * mean((eps - eps_hat)^2)                             t uniform over all training timesteps
 
 It knows the rewards of finished pictures only; eps_hat is the guided prediction, as Algorithm 1 has it. On the emoji
-model the lightly tuned defaults drift to plain pictures whatever the reward; --guidance-scale 1, LoRA and many samples
-a prompt do not (README.md, The RWR pair). The original DDPO code has beta 0.2 or the 90th percentile for Stable
-Diffusion, and thousands of samples an iteration. `diff rwr.py rwr_sparse.py`
+model the lightly tuned defaults drift to plain pictures whatever the reward; --guidance-scale 1, LoRA and 32 samples of
+each of eight prompts do not (README.md, The RWR pair). The original DDPO code has beta 0.2 or the 90th percentile for
+Stable Diffusion, and thousands of samples an iteration. `diff rwr.py rwr_sparse.py`
 
-    python rwr_sparse.py --reward compress --lr 1e-4        T = 20, 40 iterations: 2.204 -> 1.104 +- 0.029 kB, n = 3
+    python rwr_sparse.py --reward compress --num-steps 20 --iterations 40   2.204 -> 1.104 +- 0.029 kB, 1 min, n = 3
     ... --iterations 20 --num-steps 20    a quick look;  ... --resume runs/NAME    go on where a run stopped
     ... --model FOLDER_OR_NAME            without it Stable Diffusion v1.4 on a GPU, the 64 px models/emoji on a CPU
 """
