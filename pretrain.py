@@ -539,6 +539,8 @@ def export(out, vae, unet, text_encoder, tokenizer, scaling_factor):
     parts = dict(vae=vae, unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=make_scheduler())
     parts |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     StableDiffusionPipeline(**parts).to(torch.float16).save_pretrained(out)
+    config = out / "text_encoder/config.json"  # its dtype is what transformers 5 loads; the UNet comes as float32
+    config.write_text(config.read_text().replace("float16", "float32"))
     save_tokenizer(tokenizer, out / "tokenizer")
 
 def draw_samples(out, steps=50, guidance_scale=5.0, draws=4):
@@ -581,7 +583,7 @@ laptop without a download. Load it with `StableDiffusionPipeline.from_pretrained
 
 ## Training data and licences
 
-{drawings} drawings of the 46 animals ({others} more emoji for the VAE alone), rasterised from these npm packages and
+{drawings} drawings of the 46 animals ({others} more emoji for the VAE and the CLIP), rasterised from these npm packages and
 composed into {pictures:,} pictures: plain, gradient and patterned backgrounds, small flips, shifts, scales, rotations.
 A model trained on drawings may reproduce them; keep their licences in mind, and the attribution that
 Twemoji asks for: Twemoji graphics (c) Twitter, Inc and other contributors, CC BY 4.0.

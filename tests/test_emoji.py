@@ -35,6 +35,12 @@ def test_the_folder_is_small_float16_and_safetensors_only():
             assert f"| {path.relative_to(EMOJI)} | {path.stat().st_size:,} |" in listed, path
 
 
+def test_it_loads_and_draws_without_any_option():
+    pipe = StableDiffusionPipeline.from_pretrained(EMOJI)
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}
+    assert pipe("cat", num_inference_steps=2).images[0].size == (64, 64)
+
+
 def test_it_has_stable_diffusions_schedule():
     config = DDIMScheduler.from_pretrained(EMOJI, subfolder="scheduler").config
     expected = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
