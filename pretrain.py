@@ -583,8 +583,9 @@ laptop without a download. Load it with `StableDiffusionPipeline.from_pretrained
 
 ## Training data and licences
 
-{drawings} drawings of the 46 animals ({others} more emoji for the VAE and the CLIP), rasterised from these npm packages and
-composed into {pictures:,} pictures: plain, gradient and patterned backgrounds, small flips, shifts, scales, rotations.
+{drawings} drawings of the 46 animals ({others} more emoji for the VAE and the CLIP), rasterised from these npm packages
+and composed into {pictures:,} pictures: plain, gradient and patterned backgrounds, small flips, shifts, scales,
+rotations.
 A model trained on drawings may reproduce them; keep their licences in mind, and the attribution that
 Twemoji asks for: Twemoji graphics (c) Twitter, Inc and other contributors, CC BY 4.0.
 
