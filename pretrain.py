@@ -1,5 +1,5 @@
 """
-Trains the embedded text-to-image model `models/emoji/` from nothing, on a CPU, in about two hours.
+Trains the embedded text-to-image model `models/emoji/` from nothing, in one and a half to two hours on two CPU cores.
 
     python pretrain.py                      # everything; interrupt it, run it again, it goes on
     python pretrain.py --stage samples      # only draw models/emoji/samples.png again
