@@ -53,8 +53,7 @@ class BenchArgs:
     """peak of the device in this precision, in 10^12 operations per second; unset: measured"""
 
 def random_stable_diffusion(tokenizer):
-    """UNet (860 M parameters, 64 x 64 latents), VAE and text encoder in the shapes of Stable Diffusion v1.4, with
-    random weights. Prompts mean nothing to them."""
+    """UNet (860 M parameters, 64 x 64 latents), VAE, text encoder in the shapes of Stable Diffusion v1.4, untrained."""
     torch.manual_seed(0)
     blocks = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
     blocks |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}

@@ -27,7 +27,6 @@ import tarfile
 import time
 from dataclasses import dataclass
 from io import BytesIO
-from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
@@ -164,7 +163,7 @@ def compose(drawing, name, rng):
     return np.asarray(picture), caption
 
 def compose_chunk(job):
-    """One worker's share: (drawings, names, seed) -> (pictures uint8 (N, 64, 64, 3), captions)."""
+    """A share: (drawings, names, seed) -> (pictures uint8 (N, 64, 64, 3), captions)."""
     rgba, names, seed = job
     rng = np.random.default_rng(seed)
     pairs = [compose(drawing, name, rng) for drawing, name in zip(rgba, names)]
@@ -179,8 +178,7 @@ def compose_pictures(work, name, candidates, count, seed):
     choices = np.array([rng.choice(groups[i % len(groups)]) for i in range(count)])
     rng.shuffle(choices)
     jobs = ((rgba[part], names[part], (seed, k)) for k, part in enumerate(np.array_split(choices, 64)))
-    with Pool() as pool:
-        parts = list(tqdm(pool.imap(compose_chunk, jobs), total=64, desc=f"compose {name}"))
+    parts = [compose_chunk(job) for job in tqdm(jobs, total=64, desc=f"compose {name}")]
     np.save(work / f"{name}.npy", np.concatenate([pictures for pictures, _ in parts]))
     captions = [caption for _, part in parts for caption in part]
     (work / f"{name}.json").write_text(json.dumps({"captions": captions, "drawings": choices.tolist()}))
