@@ -62,14 +62,18 @@ def test_pictures_and_captions(tmp_path):
 
 
 def test_the_clip_sees_the_drawing_in_other_poses_and_colours():
-    drawings = torch.zeros(64, 4, 64, 64, dtype=torch.uint8)
-    drawings[:32, 1:, 16:48, 16:48] = 255  # the other 32 are empty
+    drawings = torch.zeros(256, 4, 64, 64, dtype=torch.uint8)
+    drawings[:, 1:, 16:48, 16:48] = 255  # a cyan square in the middle
     pictures = pretrain.augment(drawings, torch.Generator().manual_seed(0))
-    assert pictures.shape == (64, 3, 64, 64) and pictures.abs().max() <= 1
-    contrast = (pictures[..., 28:36, 28:36].mean((2, 3)) - pictures[..., :6, :6].mean((2, 3))).abs().amax(1)
-    assert contrast[:32].median() > 3 * contrast[32:].median()
+    assert pictures.shape == (256, 3, 64, 64) and pictures.abs().max() <= 1
     assert torch.equal(pictures, pretrain.augment(drawings, torch.Generator().manual_seed(0)))
-    assert pictures[:32].flatten(1).unique(dim=0).shape[0] == 32
+    middle = pictures[..., 28:36, 28:36].mean((2, 3))
+    assert middle.amax(1).median() > 0.8 and middle.argmax(1).unique().tolist() == [0, 1, 2]  # bright, channels swapped
+    shape = ((pictures - pictures[..., :1, :1]).abs().amax(1) > 0.5).float()  # where it is not background
+    shape = shape[shape.sum((1, 2)) > 50]
+    area, x = shape.mean((1, 2)), (shape * torch.arange(64.0)).sum((1, 2)) / shape.sum((1, 2))
+    for values, least in ((area, 0.06), (x, 2.0)):  # the middle half differs in scale and place; unmoved: 0.03, 0.5
+        assert values.quantile(0.75) - values.quantile(0.25) > least
 
 
 def test_the_script_makes_the_model_that_is_here():
