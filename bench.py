@@ -37,10 +37,6 @@ class BenchArgs:
     """as in the scripts"""
     lora_rank: int | None = None
     """as in the scripts"""
-    compile: bool = False
-    """as in the scripts"""
-    gradient_checkpointing: bool = False
-    """as in the scripts"""
     num_samples: int = 16
     """pictures that are sampled, and trained on in one update"""
     num_steps: int = 50
@@ -102,7 +98,7 @@ def main(bench):
             pipe.register_modules(**random_stable_diffusion(pipe.tokenizer))
             pipe.save_pretrained(bench.model + ".tmp")
             os.rename(bench.model + ".tmp", bench.model)
-    shared = ddpo_is.Args.__dataclass_fields__.keys() & vars(bench).keys() - {"micro_batch", "compile"}
+    shared = ddpo_is.Args.__dataclass_fields__.keys() & vars(bench).keys() - {"micro_batch"}
     args = ddpo_is.Args(**{name: getattr(bench, name) for name in shared}, num_updates=1)
     with ddpo_is.one_line(ValueError, OSError, RuntimeError, AssertionError):
         schedule, shape = ddpo_is.resolve(args)
@@ -112,29 +108,24 @@ def main(bench):
     embeds = ddpo_is.embed_prompts(pipe, ["cat"] * n, {}, args)
     noise = torch.randn((n, args.num_steps + 1, *shape), generator=torch.Generator().manual_seed(0))
     optimizer, data = torch.optim.AdamW(params.values(), args.lr), {"embeds": embeds}
-    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
 
     def sample():
         data["latents"], data["log_prob_beh"] = ddpo_is.sample_trajectories(pipe.unet, embeds, noise, schedule, args)
         data["advantages"] = torch.ones_like(data["log_prob_beh"])
 
     def train(samples=n):
-        optimizer.zero_grad()
         samples = torch.arange(samples, device=args.device)
-        ddpo_is.accumulate_gradients(pipe.unet, data, samples, schedule, args, scaler)
+        ddpo_is.accumulate_gradients(pipe.unet, data, samples, schedule, args)
 
     def update():
         train()
-        scaler.step(optimizer)
-        scaler.update()
+        optimizer.step()
 
     sample()
     first = noise[:1, 0].to(args.device), schedule.timesteps[:1], embeds[:, :1], schedule, args.guidance_scale
     with torch.no_grad():
         forward = count_flops(lambda: ddpo_is.predict_noise(pipe.unet, *first))
     backward = count_flops(lambda: train(1)) / int((schedule.sigmas > 0).sum())  # of a pair, its forward included
-    if bench.compile:
-        pipe.unet.compile()
     print(f"{forward / 1e9:.4g} GFLOP a pair to sample, {backward / 1e9:.4g} to train; peak {peak:.3g} TFLOPS")
     print("stage    microbatch      per second   seconds (lowest-highest)     GB    MFU")
     pairs = n * args.num_steps

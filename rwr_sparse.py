@@ -16,24 +16,25 @@ Stable Diffusion, and thousands of samples an iteration. `diff rwr.py rwr_sparse
     ... --model FOLDER_OR_NAME            without it Stable Diffusion v1.4 on a GPU, the 64 px models/emoji on a CPU
 """
 
-import csv, json, os, re, shlex, shutil, signal, subprocess, sys, time, warnings  # noqa: I001
+import csv, json, os, re, shlex, shutil, signal, subprocess, sys, time  # noqa: I001
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-import diffusers
 import numpy as np
 import peft
 import psutil
 import torch
-import transformers
 import tyro
+import wandb
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torchvision.models import ResNet50_Weights
 from tqdm import tqdm
 
 from rewards import RewardError, load_alignment, load_reward
@@ -46,67 +47,37 @@ llama camel bat gorilla hedgehog kangaroo""".split()
 @dataclass
 class Args:
     # run
-    reward: str = "compress"
-    """what to maximise: a name of `python rewards.py --list`, a sum like "aesthetic + 0.5*clip", or file.py:function"""
-    prompts: str = "animals"
-    """p(c): animals (45 names), imagenet (398 animal classes), or a text file with one prompt a line"""
-    seed: int = 1
-    """every random number is a function of (seed, iteration, sample)"""
-    iterations: int = 200
-    """rounds of sampling and training"""
-    out: str = "runs"
-    """folder in which the run's folder is made"""
-    resume: str | None = None
-    """run folder to go on with (the other arguments must be the ones it was started with)"""
-    save_every: int = 10
-    """iterations between checkpoints, evaluations and picture grids"""
-    track: bool = False
-    """log to Weights & Biases too (project "ddpo")"""
-    device: str = "auto"
-    """auto (cuda where there is one, else cpu), or a torch device"""
+    reward: str = "compress"  # a name of `rewards.py --list`, a sum like "aesthetic + 0.5*clip", or FILE.py:FUNCTION
+    prompts: str = "animals"  # p(c): animals (45 names), imagenet (398 animals), or a text file with one prompt a line
+    seed: int = 1  # every random number is a function of (seed, iteration, sample)
+    iterations: int = 200  # rounds of sampling and training
+    out: str = "runs"  # folder in which the run's folder is made
+    resume: str | None = None  # run folder to go on with; the other arguments must be those it was started with
+    save_every: int = 10  # iterations between checkpoints, evaluations and picture grids
+    track: bool = False  # log to Weights & Biases too (project "ddpo")
+    device: str = "auto"  # auto (cuda where there is one, else cpu), or a torch device
     # model
-    model: str = "auto"
-    """diffusers text-to-image folder or hub name; auto: CompVis/stable-diffusion-v1-4 on a GPU, else models/emoji"""
-    lora_rank: int | None = None
-    """LoRA rank on the attention layers, 0 = full fine-tuning; unset: 4 for UNets of 50 M parameters or more, else 0"""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """of the UNet; auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16. Trained weights, log-probs stay fp32"""
-    compile: bool = False
-    """torch.compile the UNet"""
-    gradient_checkpointing: bool = False
-    """less memory for about a third more time"""
+    model: str = "auto"  # diffusers folder or hub name; auto: CompVis/stable-diffusion-v1-4 on a GPU, else models/emoji
+    lora_rank: int | None = None  # LoRA rank on attention, 0 = full fine-tuning; unset: 4 from 50 M weights on, else 0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: fp32 on a CPU, else bf16, or fp16 on old GPUs
     # sampling
-    num_samples: int = 16
-    """trajectories per iteration, over all processes (N_samples)"""
-    num_steps: int = 50
-    """denoising steps (T)"""
-    guidance_scale: float = 5.0
-    """classifier-free guidance, in sampling and in training (W_c)"""
+    num_samples: int = 16  # trajectories per iteration (N_samples)
+    num_steps: int = 50  # denoising steps (T)
+    guidance_scale: float = 5.0  # classifier-free guidance, in sampling and in training (W_c)
     # optimisation
-    lr: float = 1e-4
-    """AdamW learning rate (eta)"""
-    weight_decay: float = 1e-4
-    """AdamW weight decay (lambda)"""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW (beta_1, beta_2)"""
-    adam_eps: float = 1e-8
-    """AdamW epsilon"""
-    max_grad_norm: float = 1.0
-    """global gradient norm is clipped to this (C_clip)"""
-    num_updates: int = 1
-    """gradient steps per iteration (N_updates), each on its own equal share of the samples; RWR: each on all of them"""
-    micro_batch: int = 0
-    """(sample, step) pairs per forward; changes memory and speed, not the gradient; 0 = choose"""
+    lr: float = 1e-4  # AdamW learning rate (eta)
+    weight_decay: float = 1e-4  # AdamW weight decay (lambda)
+    adam_betas: tuple[float, float] = (0.9, 0.999)  # AdamW (beta_1, beta_2)
+    adam_eps: float = 1e-8  # AdamW epsilon
+    max_grad_norm: float = 1.0  # global gradient norm is clipped to this (C_clip)
+    num_updates: int = 1  # gradient steps per iteration (N_updates), each on an equal share of the samples; RWR: on all
+    micro_batch: int = 0  # (sample, step) pairs per forward: memory and speed, not the gradient; 0 = choose
     # this algorithm
-    threshold: float | None = None
-    """samples of this reward or more are trained on (C), in the reward's unit; unset: --quantile decides"""
-    quantile: float = 0.9
-    """C is this quantile, from 0 to 1, of the iteration's rewards for the same prompt"""
-    samples_per_prompt: int = 4
-    """samples of one prompt, which are compared with one another; --num-samples is a multiple of it"""
+    threshold: float | None = None  # C, the least reward that is trained on, in its unit; unset: --quantile decides
+    quantile: float = 0.9  # C is this quantile, from 0 to 1, of the iteration's rewards for the same prompt
+    samples_per_prompt: int = 4  # samples that are compared with one another; --num-samples is a multiple of it
 
 # ---- sampler ----
-
 def make_schedule(scheduler, num_steps, device):
     """The respaced DDPM chain of a diffusers scheduler: tables (T,), first step to last, float32 on the device; and
     alphas_cumprod of all its timesteps. Raises ValueError for a prediction type other than epsilon and v_prediction."""
@@ -180,7 +151,6 @@ def make_generator(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 # ---- algorithm ----
-
 def compute_weights(rewards, prompts, args):
     """1 where the reward reaches C, else 0 (lines 11-13).
     rewards (N,), prompts list of N -> weights (N,) float64 and info: the mean of C, and the share that passes."""
@@ -201,40 +171,39 @@ def compute_loss(noise_pred, noise, pairs, args):
     mse = (noise - noise_pred).square().mean((1, 2, 3))
     return pairs["weights"] * mse, {"mse": mse}
 
-def accumulate_gradients(unet, data, schedule, args, scaler):
-    """Adds the gradient of the mean loss over all (sample, draw) pairs, micro_batch pairs at a time.
+def accumulate_gradients(unet, data, schedule, args):
+    """Sets the gradient of the mean loss over all (sample, draw) pairs, micro_batch pairs at a time.
     data: latents (N, C, H, W), embeds (2, N, L, D), weights (N,), and the draws, timesteps (N, D) and noise
     (N, D, C, H, W). A weight that float32 loses beside the prompt's others, whose sum is 1, is left out.
     Returns the loss and compute_loss's info, means over all pairs; or {} where every weight is 0."""
     matters = (data["weights"][:, None] > 1e-7).expand(data["timesteps"].shape)  # (N, D)
-    count, indices, totals = matters.numel(), matters.nonzero(), {}  # (pairs, 2)
+    count, indices, infos = matters.numel(), matters.nonzero(), []  # (pairs, 2)
+    scale = 2.0**16 if args.precision == "fp16" else 1.0  # fp16 would lose small gradients
+    unet.zero_grad()
     for i, k in (few.T for few in indices.split(args.micro_batch) if len(few)):
         t, noise = data["timesteps"][i, k], data["noise"][i, k]
         latents = add_noise(data["latents"][i], noise, t, schedule)
         noise_pred = predict_noise(unet, latents, t, data["embeds"][:, i], schedule, args.guidance_scale)
         loss, info = compute_loss(noise_pred, noise, {"weights": data["weights"][i]}, args)
-        scaler.scale(loss.sum() / count).backward()
-        for name, x in {"loss": loss, **info}.items():
-            totals.setdefault(name, []).append(x.detach())
-    totals = {name: torch.cat(x) for name, x in totals.items()}
+        (loss.sum() * scale / count).backward()
+        infos.append({name: x.detach() for name, x in {"loss": loss, **info}.items()})
+    for p in unet.parameters():
+        p.grad = None if p.grad is None else p.grad / scale
+    totals = {name: torch.cat([info[name] for info in infos]) for name in (infos or [{}])[0]}
     return {name: float(x.sum() / count if name == "loss" else x.mean()) for name, x in totals.items()}
 
 # ---- files ----
-
 def save_checkpoint(run, unet, params, optimizer, state, args):
     """state.safetensors for --resume (weights, AdamW's moments, the JSON-able `state`), renamed once whole; and the
     result, lora/ or unet/, for diffusers. Raises FloatingPointError rather than save weights that are not finite."""
     if not all(p.isfinite().all() for p in params.values()):
         raise FloatingPointError(f"the weights are not finite; {run}/checkpoint holds the last good ones")
-    tensors = {f"param.{name}": p for name, p in params.items()}
-    tensors |= {f"{k}.{name}": v for name, p in params.items() for k, v in optimizer.state.get(p, {}).items()}
-    (run / "checkpoint").mkdir(exist_ok=True)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    kinds = {name: {"param": p, **optimizer.state.get(p, {})} for name, p in params.items()}
+    tensors = {f"{kind}.{name}": x.detach().contiguous() for name in kinds for kind, x in kinds[name].items()}
     save_file(tensors, run / "checkpoint/state.tmp", metadata={"state": json.dumps(state)})
     os.replace(run / "checkpoint/state.tmp", run / "checkpoint/state.safetensors")
     if args.lora_rank:
-        layers = diffusers.utils.convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(unet))
-        StableDiffusionPipeline.save_lora_weights(run / "lora", unet_lora_layers=layers)
+        StableDiffusionPipeline.save_lora_weights(run / "lora", peft.get_peft_model_state_dict(unet))
     else:
         unet.save_pretrained(run / "unet")
 
@@ -261,28 +230,22 @@ def evaluate(pipe, run, iteration, prompts, score, alignment, cache, schedule, s
     """Up to 16 fixed prompts, two fixed noises each: writes the grid and the trajectory strip, returns the metrics."""
     few = [prompts[i] for i in np.linspace(0, len(prompts) - 1, min(16, len(prompts))).astype(int)] * 2 + ["elephant"]
     noise = [torch.randn((args.num_steps + 1, *shape), generator=make_generator(0, 0, i, 1)) for i in range(len(few))]
-    embeds = embed_prompts(pipe, few, cache, args)
-    latents, _ = sample_trajectories(pipe.unet, embeds, torch.stack(noise), schedule, args)
+    embeds, noise = embed_prompts(pipe, few, cache, args), torch.stack(noise)
+    latents, _ = sample_trajectories(pipe.unet, embeds, noise, schedule, args)
     marks = [1] + [max(1, k * args.num_steps // 5) for k in range(1, 6)]  # steps 0 9 19 29 39 49 of 50, as in Figure 4
     save_images(run / f"trajectory/{iteration:04d}.png", decode(pipe.vae, latents[-1, marks]), 1)
     images, few = decode(pipe.vae, latents[:-1, -1]), few[:-1]
     save_images(run / f"images/{iteration:04d}.png", images, 2)
-    first, second = np.split(images / 255, 2)
-    diversity = np.sqrt(((first - second) ** 2).mean((1, 2, 3))).mean()
+    diversity = np.sqrt((np.subtract(*np.split(images / 255, 2)) ** 2).mean((1, 2, 3))).mean()
     metrics = {"eval_reward": float(score(images, few)[0].mean()), "eval_diversity": float(diversity)}
     return metrics | ({"eval_align": float(np.mean(alignment(images, few)))} if alignment else {})
 
 # ---- start ----
-
 def load_prompts(name):
     """The list of prompts behind --prompts. Raises OSError for a file that is missing, ValueError for an empty one."""
-    if name == "imagenet":
-        from torchvision.models import ResNet50_Weights
-
-        return ResNet50_Weights.DEFAULT.meta["categories"][:398]
-    lines = ANIMALS if name == "animals" else Path(name).read_text(encoding="utf-8").splitlines()
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
+    named = {"animals": ANIMALS, "imagenet": ResNet50_Weights.DEFAULT.meta["categories"][:398]}
+    lines = named.get(name) or Path(name).read_text(encoding="utf-8").splitlines()
+    if not (prompts := [line.strip() for line in lines if line.strip()]):
         raise ValueError(f"--prompts {name}: the file is empty; write one prompt a line")
     return prompts
 
@@ -291,10 +254,9 @@ def resolve(args):
     Returns the schedule and the shape of a latent, (C, H, W). Raises ValueError, or diffusers' OSError."""
     above = "lr iterations num_samples num_steps num_updates save_every adv_clip clip_range samples_per_prompt".split()
     for name, x in vars(args).items():
-        if name in above and not x > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {x}: must be greater than 0")
-        if name in ("seed", "lora_rank", "micro_batch", "kl_coef", "beta") and not (x or 0) >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {x}: must be 0 or greater")
+        natural = name in ("seed", "lora_rank", "micro_batch", "kl_coef", "beta")  # 0 has a meaning
+        if (name in above and not x > 0) or (natural and not (x or 0) >= 0):
+            raise ValueError(f"--{name.replace('_', '-')} {x}: must be {'at least' if natural else 'greater than'} 0")
     if not all(0 <= beta < 1 for beta in args.adam_betas):
         raise ValueError(f"--adam-betas {args.adam_betas}: must be from 0 to less than 1")
     if args.num_samples % args.samples_per_prompt:
@@ -308,59 +270,46 @@ def resolve(args):
     torch.zeros(1, device=args.device)  # RuntimeError or AssertionError for a device that is not there
     on_gpu, why = args.device.startswith("cuda"), "as asked for"
     if args.model == "auto":
-        args.model, why = os.path.relpath(HERE / "models/emoji"), "Stable Diffusion on a CPU takes hours an iteration"
-        if on_gpu:
-            args.model, why = "CompVis/stable-diffusion-v1-4", "there is a GPU"
+        why = "there is a GPU" if on_gpu else "Stable Diffusion on a CPU takes hours an iteration"
+        args.model = "CompVis/stable-diffusion-v1-4" if on_gpu else os.path.relpath(HERE / "models/emoji")
     if args.precision == "auto":  # emulated bf16 is slower than fp16
         bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         args.precision = "bf16" if bf16 else "fp16" if on_gpu else "fp32"
-    try:
-        kind = StableDiffusionPipeline.load_config(args.model)["_class_name"]
-    except OSError as error:
-        message = f"--model {args.model}: no folder with a model_index.json, and not on the hub, or no network"
-        raise ValueError(f"{message}; --model {os.path.relpath(HERE / 'models/emoji')} needs none") from error
-    if kind != "StableDiffusionPipeline":
+    if (kind := StableDiffusionPipeline.load_config(args.model)["_class_name"]) != "StableDiffusionPipeline":
         raise ValueError(f"--model {args.model}: a {kind}; only StableDiffusionPipeline (1.x and 2.x) works")
-    unet_config = UNet2DConditionModel.load_config(args.model, subfolder="unet")
     scheduler = DDIMScheduler.from_pretrained(args.model, subfolder="scheduler")
-    limit = scheduler.config.num_train_timesteps - scheduler.config.steps_offset
-    if args.num_steps > limit:
+    if args.num_steps > (limit := scheduler.config.num_train_timesteps - scheduler.config.steps_offset):
         raise ValueError(f"--num-steps {args.num_steps}: the scheduler has {limit}")
+    config = UNet2DConditionModel.load_config(args.model, subfolder="unet")
     with torch.device("meta"):
-        size = sum(p.numel() for p in UNet2DConditionModel.from_config(unet_config).parameters())
-    if args.lora_rank is None:
-        args.lora_rank = 4 if size >= 50e6 else 0
-    shape = (unet_config["in_channels"], unet_config["sample_size"], unet_config["sample_size"])
+        size = UNet2DConditionModel.from_config(config).num_parameters()
+    args.lora_rank = 4 * (size >= 50e6) if args.lora_rank is None else args.lora_rank
+    shape = (config["in_channels"], config["sample_size"], config["sample_size"])
     args.micro_batch = args.micro_batch or max(1, min(64, 2**17 // int(np.prod(shape))))  # 8 for Stable Diffusion
     trained = f"LoRA rank {args.lora_rank} on attention" if args.lora_rank else "full fine-tuning"
     print(f"{args.model} on {args.device} in {args.precision} ({why}); UNet of {size / 1e6:.1f} M, {trained}")
-    share, steps = args.num_samples, args.num_steps
-    print(f"{args.num_samples} samples; {args.num_updates} updates of {share} samples x {steps} steps = ", end="")
-    print(f"{share * steps} pairs, in microbatches of {args.micro_batch}")
+    pairs = args.num_samples * args.num_steps
+    print(f"{args.num_samples} samples; {args.num_updates} updates of {pairs} pairs, {args.micro_batch} at a time")
     return make_schedule(scheduler, args.num_steps, args.device), shape
 
-def open_run(args, script):
+def open_run(args):
     """Make the run folder, or check the one of --resume; returns its path. Raises ValueError or OSError."""
+    about = {"script": Path(__file__).stem, "args": asdict(args), "command": shlex.join(sys.argv)}
     if args.resume:
         run, free = Path(args.resume), {"resume", "iterations", "out", "save_every", "track", "device", "micro_batch"}
-        if not (run / "args.json").exists() or not (run / "checkpoint/state.safetensors").exists():
-            raise ValueError(f"--resume {run}: no run with a checkpoint")
-        old, new = json.loads((run / "args.json").read_text()), json.loads(json.dumps(asdict(args)))
-        if old["script"] != script:
-            raise ValueError(f"--resume {run}: a run of {old['script']}.py, not of {script}.py")
-        for name in sorted(new.keys() - free):
-            if old["args"].get(name) != new[name]:
-                raise ValueError(f"--resume {run}: was started with {name} {old['args'].get(name)}, not {new[name]}")
+        files = (run / "args.json").read_text(), json.dumps(about)
+        old, new = ({"script": x["script"], **x["args"]} for x in map(json.loads, files))
+        if wrong := [name for name in new if name not in free and old.get(name) != new[name]]:
+            raise ValueError(f"--resume {run}: was started with {wrong[0]} {old.get(wrong[0])}, not {new[wrong[0]]}")
         return run
-    reward = re.sub(r"[^\w.+-]+", "_", Path(args.reward).name)
-    run = Path(args.out) / f"{script}__{reward}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run.mkdir(parents=True)
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=HERE, capture_output=True, text=True).stdout.strip()
-    versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers, peft, np)}
-    about = {"script": script, "args": asdict(args), "command": shlex.join(sys.argv), "git": git, "versions": versions}
+    reward, now = re.sub(r"[^\w.+-]+", "_", Path(args.reward).name), time.strftime("%Y%m%d-%H%M%S")
+    run = Path(args.out) / f"{about['script']}__{reward}__s{args.seed}__{now}"
+    (run / "checkpoint").mkdir(parents=True)
+    about["git"] = subprocess.getoutput(f'git -C "{HERE}" rev-parse HEAD')
+    about["versions"] = {name: version(name) for name in "torch diffusers transformers peft numpy".split()}
     about["gpu"] = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None
     (run / "args.json").write_text(json.dumps(about, indent=2))
-    for file in (Path(__file__), HERE / "rewards.py"):
+    for file in (__file__, HERE / "rewards.py"):
         shutil.copy(file, run)
     return run
 
@@ -378,24 +327,8 @@ def load_model(args):
     params = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     for p in params.values():
         p.data = p.data.float()
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
     unet.forward = torch.autocast(torch.device(args.device).type, dtype, args.precision != "fp32")(unet.forward)
-    if args.compile:
-        unet.compile()
     return pipe, params
-
-def finish(run, rows, args):
-    """Write before_after.png (same prompts, same noise), print what was reached and how to go on; returns the run."""
-    grids = sorted((run / "images").glob("*.png"))
-    grids = [np.asarray(Image.open(path)) for path in (grids[0], grids[-1])]
-    Image.fromarray(np.concatenate([grid[: len(grid) // 2] for grid in grids])).save(run / "before_after.png")
-    before, after, done = rows[0]["eval_reward"], rows[-1]["eval_reward"], rows[-1]["iteration"]
-    print(f"{args.reward}: {before:.3f} -> {after:.3f} on fixed prompts and noise, {done} iterations; see {run}")
-    if done < args.iterations:
-        words = [word for word in sys.argv if word not in ("--resume", args.resume)]
-        print("go on with: python", shlex.join(words), "--resume", run)
-    return run
 
 @contextmanager
 def one_line(*kinds):
@@ -408,33 +341,27 @@ def one_line(*kinds):
 
 @one_line(RewardError)
 def main(args):
-    script, cache, stop = Path(__file__).stem, {}, []
+    cache, stop = {}, []
     with one_line(ValueError, OSError, RuntimeError, AssertionError):
         prompts = load_prompts(args.prompts)
         schedule, shape = resolve(args)
         score = load_reward(args.reward, args.device, f"{args.model}/clip")
         alignment = load_alignment(args.reward, args.device, f"{args.model}/clip")
-        run = open_run(args, script)
+        run = open_run(args)
         pipe, params = load_model(args)
         optimizer = torch.optim.AdamW(params.values(), args.lr, args.adam_betas, args.adam_eps, args.weight_decay)
-    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
-    state = {"rows": [], "history": {}, "skipped": 0, "scaler": scaler.state_dict()}
-    if args.resume:
-        state = load_checkpoint(run, params, optimizer)
-        scaler.load_state_dict(state["scaler"])
-    else:  # row 0 is the pretrained model
+        state = load_checkpoint(run, params, optimizer) if args.resume else {"rows": [], "history": {}, "skipped": 0}
+    rows = state["rows"]
+    if not rows:  # row 0 is the pretrained model
         metrics = evaluate(pipe, run, 0, prompts, score, alignment, cache, schedule, shape, args)
-        state["rows"].append({"iteration": 0, "samples": 0, **metrics})
-    rows, done = state["rows"], state["rows"][-1]["iteration"]
+        rows.append({"iteration": 0, "samples": 0, **metrics})
+    done = rows[-1]["iteration"]
     if args.track:
-        import wandb
-
         wandb.init(project="ddpo", name=run.name, id=run.name, resume="allow", config=asdict(args))
         wandb.log(rows[-1], step=done)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(True))
-    bar = tqdm(total=args.iterations, initial=done, desc=script, disable=not sys.stderr.isatty())
-    for iteration in range(done + 1, args.iterations + 1):
+    for iteration in tqdm(range(done + 1, args.iterations + 1), initial=done, total=args.iterations, disable=None):
         # ---- sample ----
         clock = [time.time()]
         generators = [make_generator(args.seed, iteration, i, 0) for i in range(args.num_samples)]
@@ -457,28 +384,19 @@ def main(args):
             noise = torch.stack([torch.randn((draws, *shape), generator=g) for g in generators])
             timesteps = torch.stack([torch.randint(total, (draws,), generator=g) for g in generators])
             data |= {"noise": noise.to(latents), "timesteps": timesteps.to(args.device)}
-            while True:
-                try:
-                    optimizer.zero_grad()
-                    info = accumulate_gradients(pipe.unet, data, schedule, args, scaler)
-                    break
-                except torch.OutOfMemoryError:
-                    args.micro_batch //= 2
-                    if args.micro_batch == 0:
-                        sys.exit("out of memory at --micro-batch 1: try --gradient-checkpointing or --precision bf16")
-                    warnings.warn(f"out of memory: redone with microbatches of {args.micro_batch}", stacklevel=1)
+            info = accumulate_gradients(pipe.unet, data, schedule, args)
             if not info:
                 print(f"iteration {iteration}: no sample has a weight: the update is skipped")
                 continue
-            scaler.unscale_(optimizer)
+
             info["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(params.values(), args.max_grad_norm))
             finite = bool(np.isfinite(info["loss"] + info["grad_norm"]))
             state["skipped"] = 0 if finite else state["skipped"] + 1
             if finite:
-                scaler.step(optimizer)
+                optimizer.step()
             elif state["skipped"] == 10:
                 sys.exit("10 updates in a row had a loss or gradient that is not finite: lower --lr or use fp32")
-            scaler.update()
+
             updates.append(info | {"skipped": int(not finite)})
         metrics = {name: float(np.mean([info[name] for info in updates])) for name in (updates or [{}])[0]}
         metrics |= weights_info
@@ -489,30 +407,34 @@ def main(args):
         row |= {f"reward_{name}": float(part.mean()) for name, part in parts.items() if len(parts) > 1}
         row |= metrics | dict(zip(("sample_s", "reward_s", "train_s"), np.diff(clock).tolist()))
         row["images_per_s"] = args.num_samples / row["sample_s"]
-        on_gpu = args.device.startswith("cuda")
-        row["peak_mem_gb"] = (torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss) / 1e9
+        row["peak_mem_gb"] = (torch.cuda.max_memory_allocated() or psutil.Process().memory_info().rss) / 1e9
+        rows.append(row)
         last = iteration == args.iterations or bool(stop)
         if last or iteration % args.save_every == 0:
             row |= evaluate(pipe, run, iteration, prompts, score, alignment, cache, schedule, shape, args)
-        rows.append(row)
+            save_checkpoint(run, pipe.unet, params, optimizer, state, args)
         with open(run / "metrics.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
             writer.writeheader()
             writer.writerows(rows)
-        if "eval_reward" in row:
-            state["scaler"] = scaler.state_dict()
-            save_checkpoint(run, pipe.unet, params, optimizer, state, args)
         if args.track:
             wandb.log(row, step=iteration)
+        text = f"iteration {iteration}/{args.iterations}: reward {row['reward_mean']:.3f} +- {row['reward_std']:.3f}"
         left = (time.time() - clock[0]) * (args.iterations - iteration) / 60
-        line = f"{iteration}/{args.iterations}: reward {row['reward_mean']:.3f} +- {row['reward_std']:.3f}"
-        bar.write(f"iteration {line}, {clock[-1] - clock[0]:.1f} s, {left:.0f} min left")
+        tqdm.write(f"{text}, {clock[-1] - clock[0]:.1f} s, {left:.0f} min left")
         sys.stdout.flush()
-        bar.update()
         if last:  # not `stop`, which may have come after the saving
             break
-    bar.close()
-    return finish(run, rows, args)
+    # ---- end ----
+    done = rows[-1]["iteration"]
+    grids = [np.asarray(Image.open(run / f"images/{iteration:04d}.png")) for iteration in (0, done)]
+    Image.fromarray(np.concatenate([grid[: len(grid) // 2] for grid in grids])).save(run / "before_after.png")
+    before, after = (row["eval_reward"] for row in (rows[0], rows[-1]))
+    print(f"{args.reward}: {before:.3f} -> {after:.3f} on fixed prompts and noise, {done} iterations; see {run}")
+    if done < args.iterations:
+        words = [word for word in sys.argv if word not in ("--resume", args.resume)]
+        print("go on with: python", shlex.join(words), "--resume", run)
+    return run
 
 if __name__ == "__main__":
     main(tyro.cli(Args, description=__doc__))

@@ -106,10 +106,7 @@ def make_data(folder, args, n=4):
 
 def gradient(pipe, params, schedule, data, args):
     """(gradient as one vector, info) of all the trajectories in `data`."""
-    for p in params.values():
-        p.grad = None
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    info = ddpo_is.accumulate_gradients(pipe.unet, data, torch.arange(len(data["latents"])), schedule, args, scaler)
+    info = ddpo_is.accumulate_gradients(pipe.unet, data, torch.arange(len(data["latents"])), schedule, args)
     return torch.cat([p.grad.flatten() for p in params.values() if p.grad is not None]), info
 
 
@@ -136,6 +133,7 @@ def test_what_is_stored_is_what_is_scored(model, micro_batch, request, tmp_path)
 
     optimizer = torch.optim.AdamW(params.values(), lr=1e-3)
     optimizer.step()
+    (tmp_path / "checkpoint").mkdir()
     ddpo_is.save_checkpoint(tmp_path, pipe.unet, params, optimizer, {"iteration": 7}, args)
     _, _, _, moved = make_data(pipe, args)
     for p in params.values():
@@ -158,6 +156,19 @@ def test_the_gradient_does_not_depend_on_the_microbatch(tiny_sd):
     for g, info in gradients[1:]:
         torch.testing.assert_close(g, gradients[0][0], rtol=1e-3, atol=1e-5 * float(gradients[0][0].abs().max()))
         assert info["loss"] == pytest.approx(gradients[0][1]["loss"], rel=1e-4)
+
+
+def test_the_gradient_in_fp16_is_that_in_fp32(tiny_sd):
+    """Its loss scale keeps what is under the smallest fp16 number, and is taken out again."""
+    gradients = {}
+    for precision in ("fp32", "fp16"):
+        args = make_args(model=tiny_sd, clip_range=1.0)
+        args.precision, args.lora_rank = precision, 4
+        pipe, params, schedule, data = make_data(tiny_sd, args)
+        data["advantages"] = data["advantages"] * 1e-4
+        gradients[precision] = gradient(pipe, params, schedule, data, args)[0]
+    apart = (gradients["fp16"] - gradients["fp32"]).norm() / gradients["fp32"].norm()
+    assert gradients["fp32"].norm() > 0 and apart < 0.05
 
 
 def test_the_first_gradient_is_reinforce(tiny_sd):

@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +52,13 @@ def test_the_command_line_leaves_a_whole_run_folder(tiny_sd, tmp_path):
     assert folder.name.startswith("ddpo_is__compress__s1__")
     lines = done.stdout.splitlines()
     assert "on cpu in fp32" in lines[0]
-    assert lines[1] == "4 samples; 2 updates of 2 samples x 10 steps = 20 pairs, in microbatches of 64"
+    assert lines[1] == "4 samples; 2 updates of 20 pairs, 64 at a time"
     assert any(line.startswith("iteration 3/3: reward") for line in lines)
     assert "->" in lines[-1] and str(folder) in lines[-1]
 
     about = read_args(folder)
     assert about["script"] == "ddpo_is" and about["args"]["lora_rank"] == 0 and about["args"]["num_steps"] == 10
-    assert "--num-samples 4" in about["command"] and about["versions"]["torch"] == torch.__version__
+    assert "--num-samples 4" in about["command"] and torch.__version__.startswith(about["versions"]["torch"])
     for name in ("ddpo_is.py", "rewards.py"):
         assert (folder / name).read_text() == (ROOT / name).read_text()
 
@@ -180,25 +179,6 @@ def test_updates_that_are_not_finite_are_skipped_and_then_stop_the_run(tiny_sd, 
         run(tmp_path / "b", tiny_sd, iterations=6)
 
 
-def test_out_of_memory_halves_the_microbatch_and_redoes_the_update(tiny_sd, tmp_path, monkeypatch):
-    real, calls = ddpo_is.predict_noise, []
-
-    def small_gpu(unet, latents, *rest):
-        calls.append(torch.is_grad_enabled())
-        if sum(calls) == 2 and calls[-1]:  # in the second microbatch, when there are gradients already
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(unet, latents, *rest)
-
-    plain = run(tmp_path / "a", tiny_sd)
-    monkeypatch.setattr(ddpo_is, "predict_noise", small_gpu)
-    with pytest.warns(UserWarning, match="microbatches of 4"):
-        retried = run(tmp_path / "b", tiny_sd, micro_batch=8)
-    start = UNet2DConditionModel.from_pretrained(Path(tiny_sd) / "unet").state_dict()
-    a, b = (UNet2DConditionModel.from_pretrained(folder / "unet").state_dict() for folder in (plain, retried))
-    moved, apart = (sum(float((x[k] - y[k]).abs().sum()) for k in a) for x, y in ((a, start), (a, b)))
-    assert apart < 0.02 * moved  # AdamW makes whole steps of the rounding error of the smallest gradients
-
-
 def test_sigint_saves_and_the_printed_command_resumes(tiny_sd, tmp_path):
     words = ["ddpo_is.py", "--model", tiny_sd, "--num-samples", "4", "--num-steps", "5", "--out", str(tmp_path)]
     words += ["--iterations", "500", "--save-every", "400", "--device", "cpu"]
@@ -248,16 +228,6 @@ def test_lora_trains_in_half_precision_with_float32_weights(tiny_sd, tmp_path, p
     assert read_metrics(folder)[-1]["skipped"] < 1
 
 
-def test_gradient_checkpointing_recomputes_and_changes_nothing_but_rounding(tiny_sd, tmp_path, monkeypatch):
-    real, calls = torch.utils.checkpoint.checkpoint, []
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or real(*a, **k))
-    a = run(tmp_path / "a", tiny_sd)
-    assert not calls
-    b = run(tmp_path / "b", tiny_sd, gradient_checkpointing=True)
-    assert calls
-    assert all(torch.allclose(x, y, rtol=1e-3, atol=1e-6) for x, y in zip(weights(a).values(), weights(b).values()))
-
-
 def test_the_weights_and_biases_log_holds_every_row(tiny_sd, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
@@ -270,24 +240,19 @@ def test_the_weights_and_biases_log_holds_every_row(tiny_sd, tmp_path, monkeypat
     assert folder.name.encode() in written and b"eval_reward" in written and b"ratio_err" in written
 
 
-def test_too_much_rounding_is_said_once(tiny_sd, tmp_path, monkeypatch):
+def test_too_much_rounding_is_said_once(tiny_sd, tmp_path, monkeypatch, capsys):
     real = ddpo_is.predict_noise
     rounded = lambda *args: real(*args) * (1 + 0.01 * torch.is_grad_enabled())  # training is not what sampling was
     monkeypatch.setattr(ddpo_is, "predict_noise", rounded)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        folder = run(tmp_path, tiny_sd)
+    folder = run(tmp_path, tiny_sd)
     assert len(read_metrics(folder)) > 2 and min(row["ratio_err"] for row in read_metrics(folder)[1:]) > 1e-5
-    assert sum("over a tenth of the clip range" in str(warning.message) for warning in caught) == 1
+    assert capsys.readouterr().out.count("over a tenth of the clip range") == 1
 
 
-def test_before_after_of_a_grid_of_odd_height(tmp_path, capsys):
-    ddpo_is.save_images(tmp_path / "images/0000.png", np.zeros((18, 513, 513, 3), np.uint8), 2)
-    assert Image.open(tmp_path / "images/0000.png").width == 2048
-    rows = [{"eval_reward": 1.0, "iteration": 0}, {"eval_reward": 2.5, "iteration": 4}]
-    ddpo_is.finish(tmp_path, rows, ddpo_is.Args(reward="compress", iterations=4))
-    assert "compress: 1.000 -> 2.500" in capsys.readouterr().out
-    assert Image.open(tmp_path / "before_after.png").width == 2048
+def test_a_grid_is_at_most_2048_pixels_wide(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (18, 513, 513, 3), np.uint8)
+    ddpo_is.save_images(tmp_path / "images/0000.png", images, 2)
+    assert Image.open(tmp_path / "images/0000.png").size == (2048, 455)
 
 
 def test_prompts_come_from_a_file_and_imagenet(tiny_sd, tmp_path):
@@ -306,15 +271,16 @@ def test_a_sum_of_rewards_logs_its_parts(tiny_sd, tmp_path, brightness):
 
 @every_script
 def test_every_flag_has_help(script):
-    """A docstring under every field, and what tyro makes of it."""
-    tree = ast.parse(Path(script.__file__).read_text())
-    (args,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    """A comment beside every field, and what tyro makes of it."""
+    text = Path(script.__file__).read_text()
+    (args,) = (node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == "Args")
     done = command(f"{script.__name__}.py", "--help")
     help_text = "".join(done.stdout.replace("│", " ").split())
-    assert done.returncode == 0 and len(args.body) == 2 * len(script.Args.__dataclass_fields__)
-    for field, doc in zip(args.body[::2], args.body[1::2]):
+    assert done.returncode == 0 and len(args.body) == len(script.Args.__dataclass_fields__)
+    for field in args.body:
+        _, comment = text.splitlines()[field.lineno - 1].split("  # ")
         assert f"--{field.target.id.replace('_', '-')}" in help_text
-        assert "".join(doc.value.value.split())[:40] in help_text
+        assert len(comment) > 10 and "".join(comment.split()) in help_text
 
 
 def refused(capsys, tmp_path, **changes):
@@ -344,7 +310,7 @@ def refused(capsys, tmp_path, **changes):
         (dict(adam_betas=(0.9, 1.0)), ["--adam-betas", "1.0"]),
         (dict(micro_batch=-4), ["--micro-batch -4"]),
         (dict(lora_rank=-1), ["--lora-rank -1"]),
-        (dict(model="no/such-model"), ["no/such-model", "no network"]),
+        (dict(model="no/such-model"), ["no/such-model", "model_index.json"]),
         (dict(resume="nowhere"), ["nowhere"]),
     ],
 )
@@ -358,7 +324,7 @@ def test_bad_input_gets_one_line(tiny_sd, tmp_path, capsys, changes, words):
     [
         *((script, dict(lr=0.0), ["--lr 0.0"]) for script in SCRIPTS[1:]),
         *((script, dict(reward="beauty"), ["beauty", "compress"]) for script in SCRIPTS[1:]),
-        *((script, dict(model="no/such-model"), ["no/such-model", "no network"]) for script in SCRIPTS[1:]),
+        *((script, dict(model="no/such-model"), ["no/such-model", "model_index.json"]) for script in SCRIPTS[1:]),
         (ddpo_sf, dict(num_samples=6), ["--num-samples 6", "4 equal shares"]),
         (ddpo_iskl, dict(clip_range=0.0), ["--clip-range 0.0"]),
         (ddpo_iskl, dict(kl_coef=-1.0), ["--kl-coef -1.0"]),
@@ -404,7 +370,8 @@ def test_bad_files_and_folders_get_one_line(tiny_sd, tmp_path, capsys):
 
 def test_resume_of_a_run_of_another_script_gets_one_line(tiny_sd, tmp_path, capsys):
     folder = run(tmp_path, tiny_sd)
-    assert "ddpo_is.py, not of rwr.py" in refused(capsys, tmp_path / "x", model=tiny_sd, script=rwr, resume=str(folder))
+    message = refused(capsys, tmp_path / "x", model=tiny_sd, script=rwr, resume=str(folder))
+    assert "with script ddpo_is, not rwr" in message
 
 
 def test_resume_of_another_run_gets_one_line(tiny_sd, tmp_path, capsys):
@@ -412,7 +379,7 @@ def test_resume_of_another_run_gets_one_line(tiny_sd, tmp_path, capsys):
     assert "lr" in refused(capsys, tmp_path, model=tiny_sd, resume=str(folder), lr=1e-2)
     about = read_args(folder)
     (folder / "args.json").write_text(json.dumps(about | {"script": "rwr"}))
-    assert "rwr.py" in refused(capsys, tmp_path, model=tiny_sd, resume=str(folder))
+    assert "script rwr" in refused(capsys, tmp_path, model=tiny_sd, resume=str(folder))
 
 
 def test_an_unknown_flag_and_a_bad_value_exit_with_2():

@@ -22,8 +22,8 @@ SHARED = {
     "imports": [ALL],
     "Args": [ALL],
     "predict_noise embed_prompts decode make_generator save_checkpoint load_checkpoint save_images": [ALL],
-    "make_schedule ddpm_step sample_trajectories evaluate load_prompts open_run load_model finish one_line": [ALL],
-    "main/reward main/log __main__": [ALL],
+    "make_schedule ddpm_step sample_trajectories evaluate load_prompts open_run load_model one_line": [ALL],
+    "main/reward main/log main/end __main__": [ALL],
     "main/start": [["ddpo_is", "ddpo_sf", "rwr", "rwr_sparse"]],
     "accumulate_gradients resolve main/sample": [POLICY_GRADIENT, REGRESSION],
     "compute_advantages": [POLICY_GRADIENT],
@@ -74,12 +74,12 @@ def source(text, name):
 
 @cache
 def fields(text):
-    """{name: (its lines, default, first, last)} of Args; a field's lines are the definition and its docstring."""
+    """{name: (its lines, default, first, last)} of Args; a line has the comment that is its help."""
     tree = ast.parse(text)
     (args,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
     lines, found = text.splitlines(), {}
-    for field, doc in zip(args.body[::2], args.body[1::2], strict=True):
-        first, last = field.lineno - 1, doc.end_lineno
+    for field in args.body:
+        first, last = field.lineno - 1, field.end_lineno
         found[field.target.id] = ("\n".join(lines[first:last]), ast.get_source_segment(text, field.value), first, last)
     return found
 
@@ -89,7 +89,7 @@ def read(script):
 
 
 def without_default(field, text):
-    return text.replace(f" = {field}\n", "\n", 1)
+    return text.replace(f" = {field}  #", "  #", 1)
 
 
 def compare(texts):
@@ -131,7 +131,7 @@ def fix():
             mine = fields(texts[other])[name]
             text = theirs[name][0]
             if name in OWN_DEFAULTS:
-                text = text.replace(f" = {theirs[name][1]}\n", f" = {mine[1]}\n", 1)
+                text = text.replace(f" = {theirs[name][1]}  #", f" = {mine[1]}  #", 1)
             lines = texts[other].splitlines()
             lines[mine[2] : mine[3]] = text.splitlines()
             texts[other] = "\n".join(lines) + "\n"
@@ -161,8 +161,8 @@ def test_every_part_is_either_shared_or_declared_the_scripts_own(script):
     [
         ("latents / vae.config.scaling_factor", "latents * vae.config.scaling_factor", "decode"),
         ("clock.append(time.time())\n        # ---- train", "clock.append(0)\n        # ---- train", "main/reward"),
-        ("gradient_checkpointing: bool = False", "gradient_checkpointing: bool = True", "--gradient-checkpointing"),
-        ('    """global gradient norm is', '    """the gradient norm is', "--max-grad-norm"),
+        ("track: bool = False", "track: bool = True", "--track"),
+        ("# global gradient norm is", "# the gradient norm is", "--max-grad-norm"),
         ("import torch\n", "import torch as t\n", "imports"),
     ],
 )
