@@ -384,7 +384,6 @@ def main(args):
                 optimizer.step()
             elif state["skipped"] == 10:
                 sys.exit("10 updates in a row had a loss or gradient that is not finite: lower --lr or use fp32")
-
             updates.append(info | {"skipped": int(not finite)})
         metrics = {name: float(np.mean([info[name] for info in updates])) for name in updates[0]}
         metrics["ratio_err"] = updates[0]["ratio_err"]  # of the first update, where the ratio is 1 but for rounding

@@ -375,7 +375,6 @@ def main(args):
         updates = []  # the samples are independent, so that equal shares need no shuffle
         for samples in torch.arange(args.num_samples, device=args.device).chunk(args.num_updates):
             info = accumulate_gradients(pipe.unet, data, samples, schedule, args)
-
             info["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(params.values(), args.max_grad_norm))
             finite = bool(np.isfinite(info["loss"] + info["grad_norm"]))
             state["skipped"] = 0 if finite else state["skipped"] + 1
@@ -383,7 +382,6 @@ def main(args):
                 optimizer.step()
             elif state["skipped"] == 10:
                 sys.exit("10 updates in a row had a loss or gradient that is not finite: lower --lr or use fp32")
-
             updates.append(info | {"skipped": int(not finite)})
         metrics = {name: float(np.mean([info[name] for info in updates])) for name in updates[0]}
         metrics["ratio_err"] = updates[0]["ratio_err"]  # of the first update, where the ratio is 1 but for rounding

@@ -388,7 +388,6 @@ def main(args):
             if not info:
                 print(f"iteration {iteration}: no sample has a weight: the update is skipped")
                 continue
-
             info["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(params.values(), args.max_grad_norm))
             finite = bool(np.isfinite(info["loss"] + info["grad_norm"]))
             state["skipped"] = 0 if finite else state["skipped"] + 1
@@ -396,7 +395,6 @@ def main(args):
                 optimizer.step()
             elif state["skipped"] == 10:
                 sys.exit("10 updates in a row had a loss or gradient that is not finite: lower --lr or use fp32")
-
             updates.append(info | {"skipped": int(not finite)})
         metrics = {name: float(np.mean([info[name] for info in updates])) for name in (updates or [{}])[0]}
         metrics |= weights_info
