@@ -415,7 +415,7 @@ def main(args):
             updates.append(info | {"skipped": int(not finite)})
         metrics = {name: float(np.mean([info[name] for info in updates])) for name in updates[0]}
         metrics["ratio_err"] = updates[0]["ratio_err"]  # of the first update, where the ratio is 1 but for rounding
-        if iteration == done + 1 and metrics["ratio_err"] > args.clip_range / 10:
+        if metrics["ratio_err"] > args.clip_range / 10 >= max(row.get("ratio_err", 0) for row in rows):  # said once
             print("ratio_err is over a tenth of the clip range: use --precision fp32")
         clock.append(time.time())
         # ---- log ----
@@ -429,11 +429,12 @@ def main(args):
         last = iteration == args.iterations or bool(stop)
         if last or iteration % args.save_every == 0:
             row |= evaluate(pipe, run, iteration, prompts, score, alignment, cache, schedule, shape, args)
-            save_checkpoint(run, pipe.unet, params, optimizer, state, args)
         with open(run / "metrics.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
             writer.writeheader()
             writer.writerows(rows)
+        if "eval_reward" in row:
+            save_checkpoint(run, pipe.unet, params, optimizer, state, args)
         if args.track:
             wandb.log(row, step=iteration)
         text = f"iteration {iteration}/{args.iterations}: reward {row['reward_mean']:.3f} +- {row['reward_std']:.3f}"

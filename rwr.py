@@ -408,11 +408,12 @@ def main(args):
         last = iteration == args.iterations or bool(stop)
         if last or iteration % args.save_every == 0:
             row |= evaluate(pipe, run, iteration, prompts, score, alignment, cache, schedule, shape, args)
-            save_checkpoint(run, pipe.unet, params, optimizer, state, args)
         with open(run / "metrics.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
             writer.writeheader()
             writer.writerows(rows)
+        if "eval_reward" in row:
+            save_checkpoint(run, pipe.unet, params, optimizer, state, args)
         if args.track:
             wandb.log(row, step=iteration)
         text = f"iteration {iteration}/{args.iterations}: reward {row['reward_mean']:.3f} +- {row['reward_std']:.3f}"
