@@ -12,6 +12,7 @@ over the device's peak: --peak-tflops from its data sheet, else what one large o
 
 import os
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -100,13 +101,16 @@ def main(bench):
             os.rename(bench.model + ".tmp", bench.model)
     shared = ddpo_is.Args.__dataclass_fields__.keys() & vars(bench).keys() - {"micro_batch"}
     args = ddpo_is.Args(**{name: getattr(bench, name) for name in shared}, num_updates=1)
-    with ddpo_is.one_line(ValueError, OSError, RuntimeError, AssertionError):
-        schedule, shape = ddpo_is.resolve(args)
+    try:
+        _, schedule, shape = ddpo_is.resolve(args)
         pipe, params = ddpo_is.load_model(args)
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        print("error:", str(error).strip().splitlines()[0], file=sys.stderr)
+        sys.exit(2)
     args.repeats, n, auto = bench.repeats, args.num_samples, args.micro_batch  # measure reads args.repeats
     peak = bench.peak_tflops or measured_peak(args)
-    embeds = ddpo_is.embed_prompts(pipe, ["cat"] * n, {}, args)
-    noise = torch.randn((n, args.num_steps + 1, *shape), generator=torch.Generator().manual_seed(0))
+    embeds = torch.stack(pipe.encode_prompt(["cat"] * n, args.device, 1, True)[::-1])
+    noise = torch.randn((n, args.num_steps + 1, *shape), generator=torch.Generator().manual_seed(0)).to(args.device)
     optimizer, data = torch.optim.AdamW(params.values(), args.lr), {"embeds": embeds}
 
     def sample():
@@ -122,7 +126,7 @@ def main(bench):
         optimizer.step()
 
     sample()
-    first = noise[:1, 0].to(args.device), schedule.timesteps[:1], embeds[:, :1], schedule, args.guidance_scale
+    first = noise[:1, 0], schedule.timesteps[:1], embeds[:, :1], schedule, args.guidance_scale
     with torch.no_grad():
         forward = count_flops(lambda: ddpo_is.predict_noise(pipe.unet, *first))
     backward = count_flops(lambda: train(1)) / int((schedule.sigmas > 0).sum())  # of a pair, its forward included

@@ -16,27 +16,20 @@ samples, drawn before the weights moved, and nothing corrects for it (the emoji 
 """
 
 import csv, json, os, re, shlex, shutil, signal, subprocess, sys, time  # noqa: I001
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-import numpy as np
-import peft
-import psutil
-import torch
-import tyro
-import wandb
+import numpy as np, peft, psutil, torch, tyro, wandb
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torchvision.models import ResNet50_Weights
-from tqdm import tqdm
 
-from rewards import RewardError, load_alignment, load_reward
+from rewards import load_alignment, load_reward
 
 HERE = Path(__file__).resolve().parent
 ANIMALS = """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard
@@ -74,7 +67,6 @@ class Args:
     # this algorithm
     adv_clip: float = 5.0  # advantages are clipped to +- this
 
-# ---- sampler ----
 def make_schedule(scheduler, num_steps, device):
     """The respaced DDPM chain of a diffusers scheduler: tables (T,), first step to last, float32 on the device; and
     alphas_cumprod of all its timesteps. Raises ValueError for a prediction type other than epsilon and v_prediction."""
@@ -101,9 +93,9 @@ def predict_noise(unet, latents, t, embeds, schedule, guidance_scale):
         noise_pred = abar.sqrt() * noise_pred + (1 - abar).sqrt() * latents
     return noise_pred
 
-def ddpm_step(noise_pred, latents, step, schedule, noise=None, next_latents=None):
-    """One step of the chain (lines 16-18): draws x_{t-1} with `noise`, or scores a given `next_latents`.
-    noise_pred, latents, noise, next_latents (N, C, H, W) float32, step (N,) -> next_latents, log_prob (N,), mean.
+def ddpm_step(noise_pred, latents, step, schedule, next_latents=None, noise=None):
+    """One step of the chain (lines 16-18): scores a given x_{t-1}, `next_latents`, or draws one with `noise`.
+    noise_pred, latents, next_latents, noise (N, C, H, W) float32, step (N,) -> next_latents, log_prob (N,), mean.
     log_prob is the *mean* over dimensions: a clip range of 1e-4 only makes sense for that (a sum over 16,384 dimensions
     overflows exp); and 0 where sigma = 0: that step is deterministic and has no density."""
     abar, alpha, beta, sigma = schedule.tables[:, step, None, None, None]
@@ -118,7 +110,6 @@ def ddpm_step(noise_pred, latents, step, schedule, noise=None, next_latents=None
 def sample_trajectories(unet, embeds, noise, schedule, args):
     """Run the policy (lines 9-19; RWR: 8). embeds (2, N, L, D), noise (N, T + 1, C, H, W): first the initial latent's.
     Returns latents (N, T + 1, C, H, W) float32, x_T first and x_0 last, and log_probs (N, T)."""
-    noise = noise.to(args.device)
     latents, log_probs, n = [noise[:, 0]], [], args.micro_batch  # as in training: another batch size rounds otherwise
     for i in range(args.num_steps):
         step = torch.full((len(noise),), i, device=args.device)
@@ -130,35 +121,24 @@ def sample_trajectories(unet, embeds, noise, schedule, args):
     return torch.stack(latents, 1), torch.stack(log_probs, 1)
 
 @torch.no_grad()
-def embed_prompts(pipe, prompts, cache, args):
-    """Text embeddings (2, N, L, D) of N empty prompts and of the prompts; each one is encoded once."""
-    for prompt in {"", *prompts} - cache.keys():
-        cache[prompt] = pipe.encode_prompt(prompt, args.device, 1, False)[0][0]
-    return torch.stack([torch.stack([cache[""]] * len(prompts)), torch.stack([cache[p] for p in prompts])])
-
-@torch.no_grad()
 def decode(vae, latents):
     """Latents (N, C, H, W) -> the pictures that are scored and shown, uint8 ndarray (N, H, W, 3)."""
-    latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-    images = torch.cat([vae.decode(few).sample for few in latents.split(4)])
+    images = torch.cat([vae.decode(few / vae.config.scaling_factor).sample for few in latents.split(4)])
     return ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 def make_generator(*key):
     """Generator for a key (seed, iteration, sample, purpose); on the CPU, for the same numbers on every device."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
-# ---- algorithm ----
 def compute_advantages(rewards, prompts, history, adv_clip):
     """Normalise by the prompt's last 16 rewards once there are 16, by the batch until then (DDPO's tracker).
     rewards (N,), prompts list of N, history {prompt: last rewards}, updated in place -> (N,) float64 in +-adv_clip"""
-    rewards, advantages = np.asarray(rewards, dtype=np.float64), np.zeros(len(rewards))
-    for prompt, reward in zip(prompts, rewards):
-        history[prompt] = (history.get(prompt, []) + [float(reward)])[-16:]
-    for i, prompt in enumerate(prompts):
-        peers = np.array(history[prompt]) if len(history[prompt]) == 16 else rewards
-        if np.ptp(peers) > 0:  # else the rounding error of the mean would be divided by 1e-6
-            advantages[i] = (rewards[i] - peers.mean()) / (peers.std() + 1e-6)
-    return advantages.clip(-adv_clip, adv_clip)
+    rewards = np.asarray(rewards, dtype=np.float64)
+    for prompt, reward in zip(prompts, rewards.tolist()):
+        history[prompt] = (history.get(prompt, []) + [reward])[-16:]
+    peers = [np.array(history[prompt]) if len(history[prompt]) == 16 else rewards for prompt in prompts]
+    spreads = [x.std() + 1e-6 if np.ptp(x) else np.inf for x in peers]  # equal rewards: 0, not rounding / 1e-6
+    return np.clip([(r - x.mean()) / s for r, x, s in zip(rewards, peers, spreads)], -adv_clip, adv_clip)
 
 def compute_loss(log_prob, mean, pairs, schedule, args):
     """Score-function policy gradient (lines 24-26): the gradient of -A log p is REINFORCE's.
@@ -179,10 +159,10 @@ def accumulate_gradients(unet, data, samples, schedule, args):
     unet.zero_grad()
     for i, s in (few.T for few in indices.split(args.micro_batch)):
         t, latents, next_latents = schedule.timesteps[s], data["latents"][i, s], data["latents"][i, s + 1]
+        pairs = {"step": s} | {name: x[i, s] for name, x in data.items() if name not in ("latents", "embeds")}
         noise_pred = predict_noise(unet, latents, t, data["embeds"][:, i], schedule, args.guidance_scale)
-        _, log_prob, mean = ddpm_step(noise_pred, latents, s, schedule, next_latents=next_latents)
-        pairs = {name: x[i, s] for name, x in data.items() if name not in ("latents", "embeds")}
-        loss, info = compute_loss(log_prob, mean, pairs | {"step": s}, schedule, args)
+        _, log_prob, mean = ddpm_step(noise_pred, latents, s, schedule, next_latents)
+        loss, info = compute_loss(log_prob, mean, pairs, schedule, args)
         (loss.sum() * scale / len(indices)).backward()
         infos.append({name: x.detach() for name, x in {"loss": loss, **info}.items()})
     for p in unet.parameters():
@@ -190,7 +170,6 @@ def accumulate_gradients(unet, data, samples, schedule, args):
     totals = {name: torch.cat([info[name] for info in infos]) for name in infos[0]}
     return {name: float(x.max() if name == "ratio_err" else x.mean()) for name, x in totals.items()}
 
-# ---- files ----
 def save_checkpoint(run, unet, params, optimizer, state, args):
     """state.safetensors for --resume (weights, AdamW's moments, the JSON-able `state`), renamed once whole; and the
     result, lora/ or unet/, for diffusers. Raises FloatingPointError rather than save weights that are not finite."""
@@ -210,58 +189,44 @@ def load_checkpoint(run, params, optimizer):
     with safe_open(run / "checkpoint/state.safetensors", "pt") as file:
         for key in file.keys():
             kind, name = key.split(".", 1)
-            p, tensor = params[name], file.get_tensor(key)
-            if kind == "param":
-                p.data.copy_(tensor)
-            else:  # AdamW keeps its step count on the CPU
-                optimizer.state[p][kind] = tensor if kind == "step" else tensor.to(p.device)
+            device = "cpu" if kind == "step" else params[name].device  # as AdamW keeps them
+            optimizer.state[params[name]][kind] = file.get_tensor(key).to(device)
+        for p in params.values():
+            p.data.copy_(optimizer.state[p].pop("param"))
         return json.loads(file.metadata()["state"])
 
-def save_images(path, images, rows):
-    """images uint8 (N, H, W, 3) -> one PNG of so many rows, at most 2048 pixels wide."""
-    grid = Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in np.split(images, rows)]))
-    grid.thumbnail((2048, 2048))
-    path.parent.mkdir(exist_ok=True)
-    grid.save(path)
-
-def evaluate(pipe, run, iteration, prompts, score, alignment, cache, schedule, shape, args):
+def evaluate(pipe, run, iteration, prompts, score, alignment, schedule, shape, args):
     """Up to 16 fixed prompts, two fixed noises each: writes the grid and the trajectory strip, returns the metrics."""
     few = [prompts[i] for i in np.linspace(0, len(prompts) - 1, min(16, len(prompts))).astype(int)] * 2 + ["elephant"]
     noise = [torch.randn((args.num_steps + 1, *shape), generator=make_generator(0, 0, i, 1)) for i in range(len(few))]
-    embeds, noise = embed_prompts(pipe, few, cache, args), torch.stack(noise)
-    latents, _ = sample_trajectories(pipe.unet, embeds, noise, schedule, args)
+    embeds = torch.stack(pipe.encode_prompt(few, args.device, 1, True)[::-1])
+    latents, _ = sample_trajectories(pipe.unet, embeds, torch.stack(noise).to(args.device), schedule, args)
     marks = [1] + [max(1, k * args.num_steps // 5) for k in range(1, 6)]  # steps 0 9 19 29 39 49 of 50, as in Figure 4
-    save_images(run / f"trajectory/{iteration:04d}.png", decode(pipe.vae, latents[-1, marks]), 1)
-    images, few = decode(pipe.vae, latents[:-1, -1]), few[:-1]
-    save_images(run / f"images/{iteration:04d}.png", images, 2)
+    strip, images, few = decode(pipe.vae, latents[-1, marks]), decode(pipe.vae, latents[:-1, -1]), few[:-1]
+    for name, pictures, lines in (("trajectory", strip, 1), ("images", images, 2)):
+        grid = Image.fromarray(np.concatenate([np.concatenate(line, 1) for line in np.split(pictures, lines)]))
+        grid.thumbnail((2048, 2048))
+        (run / name).mkdir(exist_ok=True)
+        grid.save(run / name / f"{iteration:04d}.png")
     diversity = np.sqrt((np.subtract(*np.split(images / 255, 2)) ** 2).mean((1, 2, 3))).mean()
     metrics = {"eval_reward": float(score(images, few)[0].mean()), "eval_diversity": float(diversity)}
     return metrics | ({"eval_align": float(np.mean(alignment(images, few)))} if alignment else {})
 
-# ---- start ----
-def load_prompts(name):
-    """The list of prompts behind --prompts. Raises OSError for a file that is missing, ValueError for an empty one."""
-    named = {"animals": ANIMALS, "imagenet": ResNet50_Weights.DEFAULT.meta["categories"][:398]}
-    lines = named.get(name) or Path(name).read_text(encoding="utf-8").splitlines()
-    if not (prompts := [line.strip() for line in lines if line.strip()]):
-        raise ValueError(f"--prompts {name}: the file is empty; write one prompt a line")
-    return prompts
-
 def resolve(args):
     """Check the arguments and settle those that depend on machine and model, in place; no weights are loaded yet.
-    Returns the schedule and the shape of a latent, (C, H, W). Raises ValueError, or diffusers' OSError."""
-    above = "lr iterations num_samples num_steps num_updates save_every adv_clip clip_range samples_per_prompt".split()
+    Returns the prompts, the schedule and the shape of a latent, (C, H, W). Raises ValueError, or diffusers' OSError."""
+    zero = "seed lora_rank guidance_scale weight_decay adam_eps micro_batch kl_coef beta quantile".split()  # may be 0
     for name, x in vars(args).items():
-        natural = name in ("seed", "lora_rank", "micro_batch", "kl_coef", "beta")  # 0 has a meaning
-        if (name in above and not x > 0) or (natural and not (x or 0) >= 0):
-            raise ValueError(f"--{name.replace('_', '-')} {x}: must be {'at least' if natural else 'greater than'} 0")
-    if not all(0 <= beta < 1 for beta in args.adam_betas):
-        raise ValueError(f"--adam-betas {args.adam_betas}: must be from 0 to less than 1")
+        if type(x) in (int, float) and name != "threshold" and not (x > 0 or (x == 0 and name in zero)):
+            raise ValueError(f"--{name.replace('_', '-')} {x}: must be greater than 0{' or 0' * (name in zero)}")
     if args.num_samples % args.num_updates:
         raise ValueError(f"--num-samples {args.num_samples}: not {args.num_updates} equal shares (--num-updates)")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.zeros(1, device=args.device)  # RuntimeError or AssertionError for a device that is not there
+    named = {"animals": ANIMALS, "imagenet": ResNet50_Weights.DEFAULT.meta["categories"][:398]}
+    lines = named.get(args.prompts) or Path(args.prompts).read_text(encoding="utf-8").splitlines()
+    if not (prompts := [line.strip() for line in lines if line.strip()]):
+        raise ValueError(f"--prompts {args.prompts}: the file is empty; write one prompt a line")
+    args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    torch.optim.AdamW([torch.zeros(1, device=args.device)], args.lr, args.adam_betas)  # raises: bad device or betas
     on_gpu, why = args.device.startswith("cuda"), "as asked for"
     if args.model == "auto":
         why = "there is a GPU" if on_gpu else "Stable Diffusion on a CPU takes hours an iteration"
@@ -280,11 +245,11 @@ def resolve(args):
     args.lora_rank = 4 * (size >= 50e6) if args.lora_rank is None else args.lora_rank
     shape = (config["in_channels"], config["sample_size"], config["sample_size"])
     args.micro_batch = args.micro_batch or max(1, min(64, 2**17 // int(np.prod(shape))))  # 8 for Stable Diffusion
-    trained = f"LoRA rank {args.lora_rank} on attention" if args.lora_rank else "full fine-tuning"
-    print(f"{args.model} on {args.device} in {args.precision} ({why}); UNet of {size / 1e6:.1f} M, {trained}")
+    print(f"{args.model} on {args.device} in {args.precision} ({why}); UNet of {size / 1e6:.1f} M,", end=" ")
+    print(f"LoRA rank {args.lora_rank} on attention" if args.lora_rank else "full fine-tuning")
     pairs = args.num_samples // args.num_updates * args.num_steps
     print(f"{args.num_samples} samples; {args.num_updates} updates of {pairs} pairs, {args.micro_batch} at a time")
-    return make_schedule(scheduler, args.num_steps, args.device), shape
+    return prompts, make_schedule(scheduler, args.num_steps, args.device), shape
 
 def open_run(args):
     """Make the run folder, or check the one of --resume; returns its path. Raises ValueError or OSError."""
@@ -309,8 +274,8 @@ def open_run(args):
 
 def load_model(args):
     """The pipeline, and the trainable parameters of its UNet by name, float32."""
-    safety = {"safety_checker": None, "requires_safety_checker": False}
-    pipe = StableDiffusionPipeline.from_pretrained(args.model, use_safetensors=True, **safety)
+    pipe = StableDiffusionPipeline.from_pretrained(args.model, use_safetensors=True, safety_checker=None)
+    pipe.text_encoder.requires_grad_(False)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     unet, rank = pipe.to(args.device, torch.float32).unet.requires_grad_(not args.lora_rank), args.lora_rank
@@ -324,30 +289,21 @@ def load_model(args):
     unet.forward = torch.autocast(torch.device(args.device).type, dtype, args.precision != "fp32")(unet.forward)
     return pipe, params
 
-@contextmanager
-def one_line(*kinds):
-    """What a user can mend ends in one line and exit code 2, not in a traceback."""
-    try:
-        yield
-    except kinds as error:
-        print("error:", str(error).strip().splitlines()[0], file=sys.stderr)
-        sys.exit(2)
-
-@one_line(RewardError)
 def main(args):
-    cache, stop = {}, []
-    with one_line(ValueError, OSError, RuntimeError, AssertionError):
-        prompts = load_prompts(args.prompts)
-        schedule, shape = resolve(args)
+    try:
+        prompts, schedule, shape = resolve(args)
         score = load_reward(args.reward, args.device, f"{args.model}/clip")
         alignment = load_alignment(args.reward, args.device, f"{args.model}/clip")
         run = open_run(args)
         pipe, params = load_model(args)
         optimizer = torch.optim.AdamW(params.values(), args.lr, args.adam_betas, args.adam_eps, args.weight_decay)
         state = load_checkpoint(run, params, optimizer) if args.resume else {"rows": [], "history": {}, "skipped": 0}
-    rows = state["rows"]
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # what a user can mend: no traceback
+        print("error:", str(error).strip().splitlines()[0], file=sys.stderr)
+        sys.exit(2)
+    rows, stop = state["rows"], []
     if not rows:  # row 0 is the pretrained model
-        metrics = evaluate(pipe, run, 0, prompts, score, alignment, cache, schedule, shape, args)
+        metrics = evaluate(pipe, run, 0, prompts, score, alignment, schedule, shape, args)
         rows.append({"iteration": 0, "samples": 0, **metrics})
     done = rows[-1]["iteration"]
     if args.track:
@@ -355,14 +311,14 @@ def main(args):
         wandb.log(rows[-1], step=done)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(True))
-    for iteration in tqdm(range(done + 1, args.iterations + 1), initial=done, total=args.iterations, disable=None):
+    for iteration in range(done + 1, args.iterations + 1):
         # ---- sample ----
         clock = [time.time()]
         generators = [make_generator(args.seed, iteration, i, 0) for i in range(args.num_samples)]
         batch_prompts = [prompts[torch.randint(len(prompts), (), generator=g)] for g in generators]
         noise = torch.stack([torch.randn((args.num_steps + 1, *shape), generator=g) for g in generators])
-        embeds = embed_prompts(pipe, batch_prompts, cache, args)
-        latents, log_probs = sample_trajectories(pipe.unet, embeds, noise, schedule, args)
+        embeds = torch.stack(pipe.encode_prompt(batch_prompts, args.device, 1, True)[::-1])  # (2, N, L, D)
+        latents, log_probs = sample_trajectories(pipe.unet, embeds, noise.to(args.device), schedule, args)
         images = decode(pipe.vae, latents[:, -1])
         clock.append(time.time())
         # ---- reward ----
@@ -398,19 +354,17 @@ def main(args):
         rows.append(row)
         last = iteration == args.iterations or bool(stop)
         if last or iteration % args.save_every == 0:
-            row |= evaluate(pipe, run, iteration, prompts, score, alignment, cache, schedule, shape, args)
+            row |= evaluate(pipe, run, iteration, prompts, score, alignment, schedule, shape, args)
+        names = list(dict.fromkeys(name for row in rows for name in row))
         with open(run / "metrics.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-            writer.writeheader()
-            writer.writerows(rows)
+            csv.writer(file).writerows([names, *([row.get(name) for name in names] for row in rows)])
         if "eval_reward" in row:
             save_checkpoint(run, pipe.unet, params, optimizer, state, args)
         if args.track:
             wandb.log(row, step=iteration)
         text = f"iteration {iteration}/{args.iterations}: reward {row['reward_mean']:.3f} +- {row['reward_std']:.3f}"
         left = (time.time() - clock[0]) * (args.iterations - iteration) / 60
-        tqdm.write(f"{text}, {clock[-1] - clock[0]:.1f} s, {left:.0f} min left")
-        sys.stdout.flush()
+        print(f"{text}, {clock[-1] - clock[0]:.1f} s, {left:.0f} min left", flush=True)
         if last:  # not `stop`, which may have come after the saving
             break
     # ---- end ----
@@ -420,8 +374,7 @@ def main(args):
     before, after = (row["eval_reward"] for row in (rows[0], rows[-1]))
     print(f"{args.reward}: {before:.3f} -> {after:.3f} on fixed prompts and noise, {done} iterations; see {run}")
     if done < args.iterations:
-        words = [word for word in sys.argv if word not in ("--resume", args.resume)]
-        print("go on with: python", shlex.join(words), "--resume", run)
+        print("go on with: python", shlex.join(sys.argv + ["--resume", str(run)] * (not args.resume)))
     return run
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def make_pipeline(folder, **scheduler_options):
     schedule = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
     schedule |= dict(set_alpha_to_one=False, steps_offset=1) | scheduler_options
     pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL(latent_channels=4, scaling_factor=0.3, shift_factor=0.1, **channels, **vae_blocks),
+        vae=AutoencoderKL(latent_channels=4, scaling_factor=0.3, **channels, **vae_blocks),
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel(
@@ -66,6 +66,12 @@ def brightness(tmp_path):
     path = tmp_path / "user_reward.py"
     path.write_text("def brightness(images, prompts):\n    return images.mean((1, 2, 3)) / 2.55\n")
     return f"{path}:brightness"
+
+
+def embed(pipe, prompts):
+    """Text embeddings (2, N, L, D) of N empty prompts and of the prompts, one prompt at a time."""
+    encode = lambda prompt: pipe.encode_prompt(prompt, "cpu", 1, False)[0].detach()
+    return torch.stack([torch.cat([encode("")] * len(prompts)), torch.cat([encode(prompt) for prompt in prompts])])
 
 
 def read_metrics(run):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import embed, read_metrics
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 import ddpo_is
@@ -67,7 +67,7 @@ def make_policy(args, moved=0.0):
     for p in params.values():
         p.data += moved * torch.randn(p.shape, generator=g)
     schedule = ddpo_iskl.make_schedule(DDIMScheduler.from_config(pipe.scheduler.config), args.num_steps, "cpu")
-    embeds = ddpo_iskl.embed_prompts(pipe, ["cat", "dog", "cat", "bee"], {}, args)
+    embeds = embed(pipe, ["cat", "dog", "cat", "bee"])
     noise = torch.randn((4, args.num_steps + 1, 4, 8, 8), generator=g)
     latents, log_probs = ddpo_iskl.sample_trajectories(pipe.unet, embeds, noise, schedule, args)
     data = {"latents": latents, "embeds": embeds, "log_prob_beh": log_probs, "advantages": torch.zeros_like(log_probs)}
@@ -76,9 +76,22 @@ def make_policy(args, moved=0.0):
 
 def penalty_gradient(unet, params, frozen, schedule, data, args):
     """(gradient of the penalty alone, as one vector, info): the advantages are 0."""
-    data |= ddpo_iskl.score_reference(unet, frozen, data, schedule, args)
-    info = ddpo_iskl.accumulate_gradients(unet, data, torch.arange(4), schedule, args)
+    info = ddpo_iskl.accumulate_gradients(unet, frozen, data, torch.arange(4), schedule, args)
     return torch.cat([p.grad.flatten() for p in params.values() if p.grad is not None]), info
+
+
+def scored_pairs(unet, frozen, schedule, data, args):
+    """What compute_loss was given: log_prob, mean, and the reference's log_prob and mean, (4, T, ...) each."""
+    seen, real = [], ddpo_iskl.compute_loss
+
+    def spy(log_prob, mean, pairs, *rest):
+        seen.append((log_prob.detach(), mean.detach(), pairs["log_prob_ref"], pairs["mean_ref"]))
+        return real(log_prob, mean, pairs, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ddpo_iskl, "compute_loss", spy)
+        ddpo_iskl.accumulate_gradients(unet, frozen, data, torch.arange(4), schedule, args)
+    return [torch.cat(x).unflatten(0, (4, -1)) for x in zip(*seen)]
 
 
 @pytest.mark.parametrize("kl", ["squared", "exact"])
@@ -96,22 +109,21 @@ def test_the_reference_scores_the_policys_own_trajectory(tiny_sd, lora_rank):
     """Step by step against a freshly loaded pretrained UNet, on the latents that the (moved) policy stored."""
     args = kl_args(tiny_sd, lora_rank=lora_rank)
     unet, _, frozen, schedule, data = make_policy(args, moved=0.05)
-    scored = ddpo_iskl.score_reference(unet, frozen, data, schedule, args)
+    log_probs, _, log_prob_ref, mean_ref = scored_pairs(unet, frozen, schedule, data, args)
     pretrained = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None).unet
     for s in range(args.num_steps):
         x, y, step = data["latents"][:, s], data["latents"][:, s + 1], torch.full((4,), s)
         with torch.no_grad():
             noise_pred = ddpo_iskl.predict_noise(pretrained, x, schedule.timesteps[step], data["embeds"], schedule, 5.0)
         _, log_prob, mean = ddpo_iskl.ddpm_step(noise_pred, x, step, schedule, next_latents=y)
-        torch.testing.assert_close(scored["log_prob_ref"][:, s], log_prob, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(scored["mean_ref"][:, s], mean, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(log_prob_ref[:, s], log_prob, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(mean_ref[:, s], mean, atol=1e-5, rtol=1e-5)
         # the reference's own rollout would have been elsewhere: its log-prob of itself is not this one
         own = ddpo_iskl.ddpm_step(noise_pred, x, step, schedule, noise=torch.zeros_like(x))[1]
         assert (own - log_prob).abs().min() > 0.1
-    # and the adapter is on again
-    again = ddpo_iskl.score_reference(unet, unet, data, schedule, args)
-    torch.testing.assert_close(again["log_prob_ref"], data["log_prob_beh"], atol=1e-5, rtol=1e-5)
-    assert (again["log_prob_ref"] - scored["log_prob_ref"]).abs().max() > 1e-3
+    # and the policy, its adapter on again, is still the one that drew them
+    torch.testing.assert_close(log_probs, data["log_prob_beh"], atol=1e-5, rtol=1e-5)
+    assert (log_probs - log_prob_ref).abs().max() > 1e-3
 
 
 def test_in_a_run_the_penalty_of_the_first_update_is_zero(tiny_sd, tmp_path):
@@ -144,13 +156,15 @@ def test_a_step_without_noise_has_no_kl(tiny_sd_v):
     args = kl_args(tiny_sd_v)
     policy = make_policy(args, moved=0.02)
     _, info = penalty_gradient(*policy, args)
-    schedule, data, kl = policy[3], policy[4], 0
+    unet, _, frozen, schedule, data = policy
+    kl = 0
     with torch.no_grad():
         for s in range(5):  # of 6
             x, step = data["latents"][:, s], torch.full((4,), s)
-            noise_pred = ddpo_iskl.predict_noise(policy[0], x, schedule.timesteps[step], data["embeds"], schedule, 5.0)
-            mean = ddpo_iskl.ddpm_step(noise_pred, x, step, schedule, noise=x)[2]
-            kl += ((mean - data["mean_ref"][:, s]) ** 2 / (2 * schedule.sigmas[s] ** 2)).sum((1, 2, 3)).mean()
+            inputs = x, schedule.timesteps[step], data["embeds"], schedule, 5.0
+            noise_preds = [ddpo_iskl.predict_noise(model, *inputs) for model in (unet, frozen)]
+            means = [ddpo_iskl.ddpm_step(noise_pred, x, step, schedule, noise=x)[2] for noise_pred in noise_preds]
+            kl += ((means[0] - means[1]) ** 2 / (2 * schedule.sigmas[s] ** 2)).sum((1, 2, 3)).mean()
     assert info["kl_ref"] == pytest.approx(float(kl), rel=1e-3)
 
 
@@ -239,7 +253,7 @@ def rwr_data(tiny_sd, script):
     g = torch.Generator().manual_seed(0)
     data = {"latents": torch.randn((4, 4, 8, 8), generator=g), "noise": torch.randn((4, 6, 4, 8, 8), generator=g)}
     data["timesteps"] = torch.randint(1000, (4, 6), generator=g)
-    data["embeds"] = script.embed_prompts(pipe, ["cat", "dog", "cat", "bee"], {}, args)
+    data["embeds"] = embed(pipe, ["cat", "dog", "cat", "bee"])
     data["weights"] = torch.tensor([0.7, 0.0, 0.3, 1.0])
     return pipe.unet, params, data, schedule, args
 

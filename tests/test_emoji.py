@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_metrics
+from conftest import ROOT, embed, read_metrics
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors import safe_open
 
@@ -65,7 +65,7 @@ def pictures():
     schedule = ddpo_is.make_schedule(DDIMScheduler.from_config(pipe.scheduler.config), 25, "cpu")
     shape = (26, pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
     noise = torch.stack([torch.randn(shape, generator=ddpo_is.make_generator(9, 9, i, 9)) for i in range(92)])
-    embeds = ddpo_is.embed_prompts(pipe, NAMES * 2, {}, args)
+    embeds = embed(pipe, NAMES * 2)
     latents, _ = ddpo_is.sample_trajectories(pipe.unet, embeds, noise, schedule, args)
     return ddpo_is.decode(pipe.vae, latents[:, -1])
 

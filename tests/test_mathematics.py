@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import embed
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
+from PIL import Image
 
 import ddpo_is
 import rwr
@@ -81,9 +83,30 @@ def test_the_sampler_draws_what_diffusers_own_pipeline_draws(folder, script, req
         patch.setattr("diffusers.schedulers.scheduling_ddim.randn_tensor", lambda *args, **kwargs: next(steps))
         expected = pipe(prompts, **options).images
     schedule = script.make_schedule(DDIMScheduler.from_config(pipe.scheduler.config), 7, "cpu")
-    embeds = script.embed_prompts(pipe, prompts, {}, args)
+    embeds = embed(pipe, prompts)
     latents, _ = script.sample_trajectories(pipe.unet, embeds, noise, schedule, args)
     torch.testing.assert_close(latents[:, -1], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_grid_shows_what_diffusers_own_pipeline_draws(tiny_sd, tmp_path):
+    """evaluate, whole: the prompts' order, embeddings, guidance, noise and decoder; two noises of each prompt."""
+    args = make_args(model=tiny_sd)
+    pipe, _ = ddpo_is.load_model(args)
+    pipe.set_progress_bar_config(disable=True)
+    schedule = ddpo_is.make_schedule(DDIMScheduler.from_config(pipe.scheduler.config), 6, "cpu")
+    prompts = ["cat", "a red fox", "bee"]
+    score = lambda images, prompts: (images.mean((1, 2, 3)), {})
+    ddpo_is.evaluate(pipe, tmp_path, 3, prompts, score, None, schedule, (4, 8, 8), args)
+    noise = torch.stack([torch.randn((7, 4, 8, 8), generator=ddpo_is.make_generator(0, 0, i, 1)) for i in range(6)])
+    steps = iter(noise[:, 1:].unbind(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusers.schedulers.scheduling_ddim.randn_tensor", lambda *args, **kwargs: next(steps))
+        options = dict(num_inference_steps=6, guidance_scale=5.0, eta=1.0, output_type="np", latents=noise[:, 0])
+        expected = pipe(prompts * 2, **options).images
+    grid = np.asarray(Image.open(tmp_path / "images/0003.png")) / 255
+    rows = [np.concatenate(row, 1) for row in np.split(expected, 2)]
+    assert grid.shape == (32, 48, 3) and np.abs(grid - np.concatenate(rows)).max() < 1.5 / 255
+    assert np.abs(expected[0] - expected[1]).mean() > 0.05  # the pictures differ, so that their order matters
 
 
 def test_unknown_prediction_type_is_refused():
@@ -96,7 +119,7 @@ def make_data(folder, args, n=4):
     pipe, params = (folder, None) if not isinstance(folder, str) else ddpo_is.load_model(args)
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     schedule = ddpo_is.make_schedule(scheduler, args.num_steps, "cpu")
-    embeds = ddpo_is.embed_prompts(pipe, ["cat", "dog", "cat", "bee"][:n], {}, args)
+    embeds = embed(pipe, ["cat", "dog", "cat", "bee"][:n])
     noise = torch.randn((n, args.num_steps + 1, 4, 8, 8), generator=torch.Generator().manual_seed(3))
     latents, log_probs = ddpo_is.sample_trajectories(pipe.unet, embeds, noise, schedule, args)
     advantages = torch.tensor([1.0, -0.5, 2.0, -1.5][:n]).view(-1, 1).expand_as(log_probs)
@@ -236,12 +259,12 @@ def test_noise_is_a_function_of_its_key():
     assert len({tuple(draw(*key).tolist()) for key in keys}) == 5
 
 
-def test_decode_undoes_scaling_and_shift(tiny_sd):
-    """Against diffusers' image processor; the tiny VAE has a shift_factor too."""
+def test_decode_undoes_scaling(tiny_sd):
+    """Against diffusers' image processor."""
     pipe = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
     latents = torch.randn((3, 4, 8, 8), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = pipe.vae.decode(latents / 0.3 + 0.1).sample
+        expected = pipe.vae.decode(latents / 0.3).sample
     expected = pipe.image_processor.postprocess(expected, output_type="np")
     images = ddpo_is.decode(pipe.vae, latents)
     assert images.shape == (3, 16, 16, 3) and images.dtype == np.uint8

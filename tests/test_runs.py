@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import ddpo_iskl
 import ddpo_sf
 import rwr
 import rwr_sparse
+from rewards import RewardError
 
 SCRIPTS = [ddpo_is, ddpo_sf, ddpo_iskl, rwr, rwr_sparse]
 every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
@@ -152,14 +154,16 @@ def test_a_constant_reward_moves_nothing_but_weight_decay(tiny_sd, tmp_path):
         torch.testing.assert_close(p, start[name] * (1 - 1e-2 * 0.1) ** 4, rtol=1e-5, atol=1e-8)
 
 
-def test_a_reward_of_nan_stops_with_its_message(tiny_sd, tmp_path, capsys):
+def test_a_reward_that_breaks_stops_the_run_with_its_name_the_sample_and_the_place(tiny_sd, tmp_path):
     path = tmp_path / "broken.py"
     lines = ["def broken(images, prompts):", "r = images.mean((1, 2, 3))", "r[1] = float('nan')", "return r"]
-    path.write_text("\n    ".join(lines))
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "runs", tiny_sd, reward=f"{path}:broken", prompts="animals")
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and message.startswith("error:") and "broken" in message and "nan" in message.lower()
+    path.write_text("\n    ".join(lines) + "\n\ndef raises(images, prompts):\n    return images.brightness\n")
+    with pytest.raises(RewardError, match="reward '.*broken' is nan for sample 1"):
+        run(tmp_path / "runs", tiny_sd, reward=f"{path}:broken")
+    flags = ["--model", tiny_sd, "--num-samples", 4, "--num-steps", 2, "--out", tmp_path, "--device", "cpu"]
+    done = command("ddpo_is.py", "--reward", f"{path}:raises", *flags)
+    assert done.returncode == 1 and "return images.brightness" in done.stderr  # the user's own line
+    assert re.search("RewardError: reward '.*raises' failed for .*brightness", done.stderr.strip().splitlines()[-1])
 
 
 def test_updates_that_are_not_finite_are_skipped_and_then_stop_the_run(tiny_sd, tmp_path, monkeypatch):
@@ -255,17 +259,22 @@ def test_too_much_rounding_is_said_once(tiny_sd, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("over a tenth of the clip range") == 1
 
 
-def test_a_grid_is_at_most_2048_pixels_wide(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (18, 513, 513, 3), np.uint8)
-    ddpo_is.save_images(tmp_path / "images/0000.png", images, 2)
-    assert Image.open(tmp_path / "images/0000.png").size == (2048, 455)
+def test_a_grid_is_at_most_2048_pixels_wide(tiny_sd, tmp_path):
+    args = ddpo_is.Args(model=tiny_sd, device="cpu", num_steps=1)
+    prompts, schedule, _ = ddpo_is.resolve(args)
+    pipe, _ = ddpo_is.load_model(args)
+    score = lambda images, prompts: (images.mean((1, 2, 3)), {})
+    ddpo_is.evaluate(pipe, tmp_path, 0, prompts, score, None, schedule, (4, 72, 72), args)  # 144 px, 16 in a row
+    assert Image.open(tmp_path / "images/0000.png").size == (2048, 256)
+    assert Image.open(tmp_path / "trajectory/0000.png").size == (6 * 144, 144)
 
 
 def test_prompts_come_from_a_file_and_imagenet(tiny_sd, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red fox\n\n  a blue whale \n")
-    assert ddpo_is.load_prompts(str(tmp_path / "prompts.txt")) == ["a red fox", "a blue whale"]
-    imagenet = ddpo_is.load_prompts("imagenet")
-    assert len(imagenet) == 398 and imagenet[0] == "tench" and len(ddpo_is.load_prompts("animals")) == 45
+    load = lambda prompts: ddpo_is.resolve(ddpo_is.Args(model=tiny_sd, device="cpu", prompts=prompts))[0]
+    assert load(str(tmp_path / "prompts.txt")) == ["a red fox", "a blue whale"]
+    imagenet = load("imagenet")
+    assert len(imagenet) == 398 and imagenet[0] == "tench" and len(load("animals")) == 45
     folder = run(tmp_path, tiny_sd, prompts=str(tmp_path / "prompts.txt"))
     assert Image.open(folder / "images/0000.png").size == (2 * 16, 2 * 16)
 
@@ -313,8 +322,10 @@ def refused(capsys, tmp_path, **changes):
         (dict(num_steps=1000), ["--num-steps 1000", "999"]),
         (dict(seed=-1), ["--seed -1"]),
         (dict(device="tpu9"), ["tpu9"]),
-        (dict(adam_betas=(0.9, 1.0)), ["--adam-betas", "1.0"]),
+        (dict(adam_betas=(0.9, 1.0)), ["beta", "1.0"]),
         (dict(micro_batch=-4), ["--micro-batch -4"]),
+        (dict(weight_decay=-0.1), ["--weight-decay -0.1"]),
+        (dict(max_grad_norm=0.0), ["--max-grad-norm 0.0"]),
         (dict(lora_rank=-1), ["--lora-rank -1"]),
         (dict(model="no/such-model"), ["no/such-model", "model_index.json"]),
         (dict(resume="nowhere"), ["nowhere"]),
