@@ -249,7 +249,8 @@ def test_advantages_use_the_batch_and_then_the_prompts_own_history():
 
 
 def test_a_constant_reward_has_no_advantage():
-    assert (ddpo_is.compute_advantages(np.full(16, 2.3, np.float32), ["cat"] * 16, {}, 5.0) == 0).all()
+    for n in range(1, 17):  # the mean of some of them is not exact
+        assert (ddpo_is.compute_advantages(np.full(n, 2.3), ["cat"] * n, {}, 5.0) == 0).all()
 
 
 def test_noise_is_a_function_of_its_key():

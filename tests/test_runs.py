@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_args, read_metrics
+from conftest import ROOT, embed, read_args, read_metrics
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -105,6 +105,20 @@ def test_saved_weights_load_in_diffusers_and_change_the_picture(tiny_sd, tmp_pat
     x, t, embeds = torch.randn(2, 4, 8, 8), torch.tensor([500, 20]), torch.randn(2, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(pipe.unet(x, t, embeds).sample, policy.unet(x, t, embeds).sample)
+
+
+@every_script
+def test_the_policy_is_guided_by_the_prompts_that_are_scored(tiny_sd, tmp_path, monkeypatch, script):
+    """The text embeddings of the sampler: empty prompts first, then each sample's own."""
+    seen, name = [], "compute_weights" if hasattr(script, "compute_weights") else "compute_advantages"
+    sample, algorithm = script.sample_trajectories, getattr(script, name)
+    monkeypatch.setattr(script, "sample_trajectories", lambda unet, x, *rest: seen.append(x) or sample(unet, x, *rest))
+    monkeypatch.setattr(script, name, lambda rewards, x, *rest: seen.append(x) or algorithm(rewards, x, *rest))
+    run(tmp_path, tiny_sd, script, num_samples=8, num_steps=2, iterations=1)
+    _, embeds, prompts, _ = seen  # evaluation, sampling, training, evaluation
+    assert len(prompts) == 8 and len(set(prompts)) > 1
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
+    torch.testing.assert_close(embeds, embed(pipe, prompts))
 
 
 @every_script
