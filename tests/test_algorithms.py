@@ -134,6 +134,23 @@ def test_in_a_run_the_penalty_of_the_first_update_is_zero(tiny_sd, tmp_path):
     assert rows[1]["kl_ref"] < 1e-6 < 1e-2 < rows[2]["kl_ref"]
 
 
+def test_the_reference_costs_one_forward_of_a_pair_an_iteration(tiny_sd, tmp_path, monkeypatch):
+    """Whatever the number of updates; the first model that main loads is the policy, the second the reference."""
+    loaded, real = [], ddpo_iskl.load_model
+
+    def load_model(args):
+        pipe, params = real(args)
+        loaded.append([])
+        count = lambda module, inputs, output, rows=loaded[-1]: rows.append(len(inputs[0]) // 2)
+        pipe.unet.register_forward_hook(count)
+        return pipe, params
+
+    monkeypatch.setattr(ddpo_iskl, "load_model", load_model)
+    options = dict(num_samples=8, num_steps=5, num_updates=4, iterations=3, save_every=9, device="cpu")
+    ddpo_iskl.main(ddpo_iskl.Args(model=tiny_sd, out=str(tmp_path), **options))
+    assert len(loaded) == 2 and sum(loaded[1]) == 3 * 8 * 5
+
+
 def test_both_penalties_equal_torch_distributions_and_a_hand_computation():
     schedule = ddpo_iskl.make_schedule(SCHEDULER, 6, "cpu")
     g = torch.Generator().manual_seed(0)
