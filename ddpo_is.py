@@ -1,386 +1,972 @@
 """
-DDPO-IS: denoising diffusion policy optimisation with importance sampling (Algorithm 4, equation 2).
+DDPO-IS: policy gradients over denoising steps, with importance sampling and a clip (Algorithm 4).
 
-A denoising step is an action, x_{t-1} ~ N(mu_theta(x_t, c, t), sigma_t^2 I); the reward r(x_0, c) of the finished
-picture is the return of all of them. For every (sample, step) pair, with A the normalised reward:
+A denoising step is an action, x_{t-1} ~ N(mu_theta(x_t, c, t), sigma_t^2 I). The reward r(x_0, c)
+of the finished picture is the return of every step. With A the normalised reward, the loss of one
+(sample, step) pair is
 
-    ratio = exp(log_prob - log_prob_beh)          the current policy against the one that drew the sample
+    ratio = exp(log_prob - log_prob_old)      the policy now / the policy that drew the sample
     loss  = max(-A * ratio, -A * clip(ratio, 1 - clip_range, 1 + clip_range))
 
-To REINFORCE it adds the ratio, which reweighs the updates that are off-policy (all but the first of an iteration), and
-the clip, which bounds how far they go: `diff ddpo_sf.py ddpo_is.py`.
+To DDPO-SF it adds the ratio, which corrects the updates that are off-policy (all but the first of
+an iteration), and the clip, which bounds them: diff ddpo_sf.py ddpo_is.py
 
-    python ddpo_is.py --reward compress --lr 3e-4                 2.185 -> 0.891 +- 0.219 kB, 20 min on 2 cores, n = 3
-    ... --iterations 20 --num-steps 20    a quick look;  ... --resume runs/NAME    go on where a run stopped
-    ... --model FOLDER_OR_NAME            without it Stable Diffusion v1.4 on a GPU, the 64 px models/emoji on a CPU
+    python ddpo_is.py --reward compress --lr 3e-4
+    ... --iterations 20 --num-steps 20      # a quick look
+    ... --resume runs/NAME                  # continue a run
+
+Measured on models/emoji, 200 iterations, three seeds: JPEG size 2.185 -> 0.891 +- 0.219 kB.
+
+The algorithms are from "Guiding the training of diffusion models: a replication of DDPO" (Gao, Shi,
+Zhang; https://github.com/kevin-zhang-1/Fall-2025-Reinforcement-Learning-Final-Project), after DDPO:
+Black et al., "Training Diffusion Models with Reinforcement Learning", arxiv.org/abs/2305.13301.
 """
 
-import csv, json, os, re, shlex, shutil, signal, subprocess, sys, time  # noqa: I001
+import csv
+import hashlib
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-import numpy as np, peft, psutil, torch, tyro, wandb
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torchvision.models import ResNet50_Weights
+# OpenMP's threads spin while they wait, which stalls a run beside any other busy process.
+# A short spin costs nothing when the run is alone. It must be set before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from rewards import load_alignment, load_reward
+import diffusers
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+import transformers
+import tyro
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import make_image_grid
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import hf_hub_download
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from rewards import RewardError, load_alignment, load_reward, save_user_files
 
 HERE = Path(__file__).resolve().parent
-ANIMALS = """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard
-beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly
-llama camel bat gorilla hedgehog kangaroo""".split()
+ANIMALS = (
+    "cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon "
+    "fox wolf lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle "
+    "frog chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo"
+)
+
 
 @dataclass
 class Args:
     # run
-    reward: str = "compress"  # a name of `rewards.py --list`, a sum like "aesthetic + 0.5*clip", or FILE.py:FUNCTION
-    prompts: str = "animals"  # p(c): animals (45 names), imagenet (398 animals), or a text file with one prompt a line
-    seed: int = 1  # every random number is a function of (seed, iteration, sample)
-    iterations: int = 200  # rounds of sampling and training
-    out: str = "runs"  # folder in which the run's folder is made
-    resume: str | None = None  # run folder to go on with; the other arguments must be those it was started with
-    save_every: int = 10  # iterations between checkpoints, evaluations and picture grids
-    track: bool = False  # log to Weights & Biases too (project "ddpo")
-    device: str = "auto"  # auto (cuda where there is one, else cpu), or a torch device
+    reward: str = "compress"
+    """a name of `rewards.py --list`, a sum like "aesthetic + 0.5*clip", or FILE.py:FUNCTION"""
+    prompts: str = "animals"
+    """animals (45 names), imagenet (398 animals), or a text file with one prompt per line"""
+    seed: int = 1
+    """every random number is a function of (seed, iteration, sample)"""
+    iterations: int = 200
+    """rounds of sampling and training"""
+    out: str = "runs"
+    """folder in which the run's folder is made"""
+    resume: str | None = None
+    """run folder to continue; needs no other flag, its arguments are read from its args.json"""
+    save_every: int = 10
+    """iterations between checkpoints, evaluations and picture grids"""
+    track: bool = False
+    """also log to Weights & Biases"""
+    device: str = "auto"
+    """auto (cuda if there is a GPU, else cpu), or a torch device"""
     # model
-    model: str = "auto"  # diffusers folder or hub name; auto: CompVis/stable-diffusion-v1-4 on a GPU, else models/emoji
-    lora_rank: int | None = None  # LoRA rank on attention, 0 = full fine-tuning; unset: 4 from 50 M weights on, else 0
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: fp32 on a CPU, else bf16, or fp16 on old GPUs
+    model: str = "auto"
+    """diffusers folder or hub name; auto: Stable Diffusion v1.4 on a GPU, else models/emoji"""
+    lora_rank: int | None = None
+    """LoRA rank on attention, 0 = full fine-tuning; default: 4 from 50 M parameters on, else 0"""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """auto: fp16 on a GPU, else fp32; bf16 rounds log-probs by more than the default clip range"""
+    gradient_checkpointing: bool = False
+    """less memory in training, for about a third more time"""
+    compile: bool = False
+    """torch.compile the UNet: slow to start, then faster"""
     # sampling
-    num_samples: int = 16  # trajectories per iteration (N_samples)
-    num_steps: int = 50  # denoising steps (T)
-    guidance_scale: float = 5.0  # classifier-free guidance, in sampling and in training (W_c)
+    num_samples: int = 16
+    """trajectories per iteration (N_samples), over all processes"""
+    num_steps: int = 50
+    """denoising steps (T)"""
+    guidance_scale: float = 5.0
+    """classifier-free guidance weight, in sampling and in training (W_c)"""
     # optimisation
-    lr: float = 3e-4  # AdamW learning rate (eta)
-    weight_decay: float = 1e-4  # AdamW weight decay (lambda)
-    adam_betas: tuple[float, float] = (0.9, 0.999)  # AdamW (beta_1, beta_2)
-    adam_eps: float = 1e-8  # AdamW epsilon
-    max_grad_norm: float = 1.0  # global gradient norm is clipped to this (C_clip)
-    num_updates: int = 2  # gradient steps per iteration (N_updates), each on an equal share of the samples; RWR: on all
-    micro_batch: int = 0  # (sample, step) pairs per forward: memory and speed, not the gradient; 0 = choose
+    lr: float = 3e-4
+    """AdamW learning rate (eta)"""
+    weight_decay: float = 1e-4
+    """AdamW weight decay (lambda)"""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW (beta_1, beta_2)"""
+    adam_eps: float = 1e-8
+    """AdamW epsilon"""
+    max_grad_norm: float = 1.0
+    """the gradient norm is clipped to this (C_clip)"""
+    num_updates: int = 2
+    """gradient steps per iteration (N_updates), each on an equal share of the samples"""
+    micro_batch: int = 0
+    """(sample, step) pairs per forward pass: memory and speed only; 0 = choose"""
     # this algorithm
-    adv_clip: float = 5.0  # advantages are clipped to +- this
-    clip_range: float = 1e-4  # trust region: the ratio is clipped to 1 +- this
+    adv_clip: float = 5.0
+    """advantages are clipped to +- this"""
+    clip_range: float = 1e-4
+    """trust region: the ratio is clipped to 1 +- this"""
+
+
+# --------------------------------------------------------------------------------------------------
+# the sampler: a diffusion model as a policy
+
 
 def make_schedule(scheduler, num_steps, device):
-    """The respaced DDPM chain of a diffusers scheduler: tables (T,), first step to last, float32 on the device; and
-    alphas_cumprod of all its timesteps. Raises ValueError for a prediction type other than epsilon and v_prediction."""
-    prediction_type = scheduler.config.prediction_type
-    if prediction_type not in ("epsilon", "v_prediction"):
-        raise ValueError(f"the model predicts {prediction_type}; only epsilon and v_prediction work")
-    scheduler.set_timesteps(num_steps)
-    abar = scheduler.alphas_cumprod.double()[scheduler.timesteps]
-    abar_prev = torch.cat([abar[1:], scheduler.final_alpha_cumprod.double().view(1)])
-    alphas = abar / abar_prev
-    sigmas = ((1 - alphas) * (1 - abar_prev) / (1 - abar)).sqrt()
-    tables = torch.stack([abar, alphas, 1 - alphas, sigmas]).float().to(device)  # (4, T)
-    tables = {"tables": tables, "sigmas": tables[3], "alphas_cumprod": scheduler.alphas_cumprod.float().to(device)}
-    return SimpleNamespace(**tables, timesteps=scheduler.timesteps.to(device), prediction_type=prediction_type)
+    """The DDPM chain over `num_steps` timesteps of a diffusers scheduler, first step to last.
 
-def predict_noise(unet, latents, t, embeds, schedule, guidance_scale):
-    """eps_hat with classifier-free guidance, uncond and cond in one forward (lines 13-15).
-    latents (N, C, H, W), t (N,) timesteps from 0 to 999, embeds (2, N, L, D) -> (N, C, H, W) float32"""
+    tables (5, T): abar_t, abar_{t-1}, alpha_t, beta_t, sigma_t; sigma (T,) again by its own name;
+    noisy_steps: the steps with sigma > 0; alphas_cumprod (num_train_timesteps,): abar of them all.
+    """
+    scheduler.set_timesteps(num_steps)
+    alphas_cumprod = scheduler.alphas_cumprod.double()
+    abar = alphas_cumprod[scheduler.timesteps]
+    abar_prev = torch.cat([abar[1:], scheduler.final_alpha_cumprod.double().view(1)])
+    alpha = abar / abar_prev
+    beta = 1 - alpha
+    sigma = (beta * (1 - abar_prev) / (1 - abar)).sqrt()
+    tables = torch.stack([abar, abar_prev, alpha, beta, sigma]).float().to(device)
+    return SimpleNamespace(
+        tables=tables,
+        sigma=tables[4],
+        noisy_steps=torch.nonzero(tables[4] > 0).flatten(),
+        timesteps=scheduler.timesteps.to(device),
+        alphas_cumprod=alphas_cumprod.float().to(device),
+        prediction_type=scheduler.config.prediction_type,
+    )
+
+
+def predict_noise(unet, latents, t, embeds, guidance_scale):
+    """The UNet's prediction with classifier-free guidance, in one forward pass (lines 13-15).
+
+    latents (N, C, H, W), t (N,) timesteps, embeds (2, N, L, D): unconditional, conditional.
+    Returns float32 (N, C, H, W): epsilon, or v where the model has prediction_type v_prediction.
+    """
     output = unet(torch.cat([latents, latents]), t.repeat(2), embeds.flatten(0, 1)).sample
     noise_pred_uncond, noise_pred_text = output.float().chunk(2)
-    noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)
-    if schedule.prediction_type == "v_prediction":
-        abar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
-        noise_pred = abar.sqrt() * noise_pred + (1 - abar).sqrt() * latents
-    return noise_pred
+    return noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)
+
 
 def ddpm_step(noise_pred, latents, step, schedule, next_latents=None, noise=None):
-    """One step of the chain (lines 16-18): scores a given x_{t-1}, `next_latents`, or draws one with `noise`.
-    noise_pred, latents, next_latents, noise (N, C, H, W) float32, step (N,) -> next_latents, log_prob (N,), mean.
-    log_prob is the *mean* over dimensions: a clip range of 1e-4 only makes sense for that (a sum over 16,384 dimensions
-    overflows exp); and 0 where sigma = 0: that step is deterministic and has no density."""
-    abar, alpha, beta, sigma = schedule.tables[:, step, None, None, None]
-    # Algorithms 4 and 5 print sqrt(1 - alpha_t) here; Algorithm 3's sqrt(1 - abar_t) is the DDPM mean
-    mean = (latents - beta / (1 - abar).sqrt() * noise_pred) / alpha.sqrt()
-    next_latents = mean + sigma * noise if next_latents is None else next_latents
+    """One action: draws x_{t-1} with `noise`, or scores the given `next_latents` (lines 16-18).
+
+    noise_pred, latents, next_latents, noise (N, C, H, W) float32; step (N,) from 0 to T - 1.
+    Returns next_latents, log_prob (N,) and the mean of x_{t-1}. log_prob is the *mean* over
+    dimensions: only for that does a clip range of 1e-4 make sense, and the sum over the 16,384
+    dimensions of Stable Diffusion overflows exp. It is 0 for a deterministic step (sigma = 0).
+    """
+    abar, abar_prev, alpha, beta, sigma = schedule.tables[:, step, None, None, None]
+
+    if schedule.prediction_type == "epsilon":
+        # Algorithms 4 and 5 print sqrt(1 - alpha_t); Algorithm 3's sqrt(1 - abar_t) is right
+        mean = (latents - beta / (1 - abar).sqrt() * noise_pred) / alpha.sqrt()
+    else:
+        # the same with eps = sqrt(abar_t) v + sqrt(1 - abar_t) x_t, finite at abar_t = 0 too
+        mean = alpha.sqrt() * latents - beta * (abar_prev / (1 - abar)).sqrt() * noise_pred
+    if next_latents is None:
+        next_latents = mean + sigma * noise
+
     scale = torch.where(sigma > 0, sigma, 1.0)
-    log_density = -0.5 * ((next_latents - mean) / scale) ** 2 - scale.log() - 0.5 * np.log(2 * np.pi)
-    return next_latents, torch.where(sigma > 0, log_density, 0.0).mean((1, 2, 3)), mean
+    log_density = (
+        -0.5 * ((next_latents - mean) / scale) ** 2 - scale.log() - 0.5 * math.log(2 * math.pi)
+    )
+    log_prob = torch.where(sigma > 0, log_density, 0.0).mean(dim=(1, 2, 3))
+    return next_latents, log_prob, mean
+
 
 @torch.no_grad()
 def sample_trajectories(unet, embeds, noise, schedule, args):
-    """Run the policy (lines 9-19; RWR: 8). embeds (2, N, L, D), noise (N, T + 1, C, H, W): first the initial latent's.
-    Returns latents (N, T + 1, C, H, W) float32, x_T first and x_0 last, and log_probs (N, T)."""
-    latents, log_probs, n = [noise[:, 0]], [], args.micro_batch  # as in training: another batch size rounds otherwise
+    """Run the policy (lines 8-19). embeds (2, N, L, D), noise (N, T + 1, C, H, W).
+
+    Returns latents (N, T + 1, C, H, W), x_T first and x_0 last, and log_probs (N, T), float32.
+    Raises FloatingPointError where they are not finite.
+    """
+    latents = noise[:, 0]
+    trajectory = [latents]
+    log_probs = []
     for i in range(args.num_steps):
-        step = torch.full((len(noise),), i, device=args.device)
-        parts = zip(latents[-1].split(n), schedule.timesteps[step].split(n), embeds.split(n, 1))
-        noise_pred = torch.cat([predict_noise(unet, *part, schedule, args.guidance_scale) for part in parts])
-        next_latents, log_prob, _ = ddpm_step(noise_pred, latents[-1], step, schedule, noise=noise[:, i + 1])
-        latents.append(next_latents)
+        step = torch.full((len(latents),), i, device=args.device)
+        t = schedule.timesteps[step]
+
+        # as many rows per forward as in training: other sizes round differently
+        noise_preds = []
+        for start in range(0, len(latents), args.micro_batch):
+            rows = slice(start, start + args.micro_batch)
+            noise_preds.append(
+                predict_noise(unet, latents[rows], t[rows], embeds[:, rows], args.guidance_scale)
+            )
+        noise_pred = torch.cat(noise_preds)
+
+        latents, log_prob, _ = ddpm_step(noise_pred, latents, step, schedule, noise=noise[:, i + 1])
+        trajectory.append(latents)
         log_probs.append(log_prob)
-    return torch.stack(latents, 1), torch.stack(log_probs, 1)
+
+    trajectory = torch.stack(trajectory, dim=1)
+    log_probs = torch.stack(log_probs, dim=1)
+    finite = trajectory[:, 1:].flatten(2).isfinite().all(dim=2) & log_probs.isfinite()  # (N, T)
+    if not finite.all():
+        step = (~finite).any(dim=0).nonzero()[0].item() + 1
+        raise FloatingPointError(f"latents are not finite from step {step} of {args.num_steps} on")
+    return trajectory, log_probs
+
 
 @torch.no_grad()
 def decode(vae, latents):
-    """Latents (N, C, H, W) -> the pictures that are scored and shown, uint8 ndarray (N, H, W, 3)."""
-    images = torch.cat([vae.decode(few / vae.config.scaling_factor).sample for few in latents.split(4)])
-    return ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    """Latents (N, C, H, W) -> the pictures that are scored and shown, uint8 array (N, H, W, 3).
 
-def make_generator(*key):
-    """Generator for a key (seed, iteration, sample, purpose); on the CPU, for the same numbers on every device."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+    Raises FloatingPointError for a picture that is not finite: it would be scored as a black one.
+    """
+    pictures = []
+    for chunk in latents.split(4):  # a decoder needs more memory per row than a UNet
+        pictures.append(vae.decode(chunk / vae.config.scaling_factor).sample)
+    images = torch.cat(pictures)
+    if not images.isfinite().all():
+        raise FloatingPointError("the VAE's pictures of finite latents are not finite")
+    images = (images / 2 + 0.5).clamp(0, 1) * 255
+    return images.round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+# --------------------------------------------------------------------------------------------------
+# the algorithm
+
+
+def check_algorithm(args, world_size):
+    """Refuse what this algorithm cannot use."""
+    if not args.adv_clip > 0:
+        fail(f"--adv-clip {args.adv_clip}: must be greater than 0")
+    if not args.clip_range > 0:
+        fail(f"--clip-range {args.clip_range}: must be greater than 0")
+    shares = args.num_updates * world_size
+    if args.num_samples % shares > 0:
+        fail(f"--num-samples {args.num_samples}: not a multiple of {shares} (updates x processes)")
+    if args.precision == "bf16":
+        print("bf16 rounds log-probs by about 4e-4, more than the default --clip-range: use fp16")
+
 
 def compute_advantages(rewards, prompts, history, adv_clip):
-    """Normalise by the prompt's last 16 rewards once there are 16, by the batch until then (DDPO's tracker).
-    rewards (N,), prompts list of N, history {prompt: last rewards}, updated in place -> (N,) float64 in +-adv_clip"""
+    """Normalise by the prompt's last 16 rewards once there are 16, by the batch until then.
+
+    rewards (N,), prompts list of N, history {prompt: last rewards}, updated in place -> (N,)
+    """
     rewards = np.asarray(rewards, dtype=np.float64)
-    for prompt, reward in zip(prompts, rewards.tolist()):
-        history[prompt] = (history.get(prompt, []) + [reward])[-16:]
-    peers = [np.array(history[prompt]) if len(history[prompt]) == 16 else rewards for prompt in prompts]
-    spreads = [x.std() + 1e-6 if np.ptp(x) else np.inf for x in peers]  # equal rewards: 0, not rounding / 1e-6
-    return np.clip([(r - x.mean()) / s for r, x, s in zip(rewards, peers, spreads)], -adv_clip, adv_clip)
+    for prompt, reward in zip(prompts, rewards):
+        history[prompt] = [*history.get(prompt, []), float(reward)][-16:]
 
-def compute_loss(log_prob, mean, pairs, schedule, args):
-    """Clipped importance-sampled policy gradient (lines 29-31; the trajectory's weight factorises over its steps).
-    log_prob (n,), mean (n, C, H, W) of the current policy; pairs: step, log_prob_beh, advantages, (n,) each.
-    Returns the loss (n,) and info, a dict of (n,)."""
-    log_ratio = log_prob - pairs["log_prob_beh"]
+    advantages = np.zeros(len(rewards))
+    for i, prompt in enumerate(prompts):
+        peers = np.array(history[prompt]) if len(history[prompt]) == 16 else rewards
+        if np.ptp(peers) > 0:  # equal rewards have no advantage
+            advantages[i] = (rewards[i] - peers.mean()) / (peers.std() + 1e-6)
+    return advantages.clip(-adv_clip, adv_clip)
+
+
+def compute_loss(log_prob, batch, args):
+    """Clipped policy gradient (lines 29-31) of n pairs; the trajectory's weight, by step (eq. 2).
+
+    log_prob (n,) of the current policy; batch: log_prob_old (n,), advantages (n,).
+    Returns the loss (n,) and a dict of metrics (n,).
+    """
+    log_ratio = log_prob - batch["log_prob_old"]
     ratio = torch.exp(log_ratio)
-    unclipped_loss = -pairs["advantages"] * ratio
-    clipped_loss = -pairs["advantages"] * ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
-    info = {"ratio_err": (ratio - 1).abs(), "approx_kl": 0.5 * log_ratio**2}
-    info["clipfrac"] = (info["ratio_err"] > args.clip_range).float()
-    return torch.maximum(unclipped_loss, clipped_loss), info
+    unclipped_loss = -batch["advantages"] * ratio
+    clipped_loss = -batch["advantages"] * ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
+    metrics = {
+        "ratio_err": (ratio - 1).abs(),
+        "approx_kl": 0.5 * log_ratio**2,
+        "clipfrac": ((ratio - 1).abs() > args.clip_range).float(),
+    }
+    return torch.maximum(unclipped_loss, clipped_loss), metrics
 
-def accumulate_gradients(unet, data, samples, schedule, args):
-    """Sets the gradient of the mean loss over all (sample, step) pairs of `samples`, micro_batch pairs at a time.
-    data: the stored trajectories, latents (N, T + 1, C, H, W), embeds (2, N, L, D), and what else compute_loss needs,
-    (N, T, ...); samples (n,) indices into them. Steps with sigma = 0 are left out.
-    Returns the loss and compute_loss's info, means over the pairs but for the maximum of ratio_err."""
-    steps = torch.nonzero(schedule.sigmas > 0).flatten()
-    indices, infos = torch.cartesian_prod(samples, steps), []  # (pairs, 2)
-    scale = 2.0**16 if args.precision == "fp16" else 1.0  # fp16 would lose small gradients
+
+def accumulate_gradients(unet, rollout, samples, schedule, scaler, args):
+    """Gradient of the mean loss over all (sample, step) pairs of `samples`, in microbatches.
+
+    rollout: latents (N, T + 1, C, H, W), embeds (2, N, L, D), log_probs (N, T), advantages (N,);
+    samples (n,): indices into them. Deterministic steps have no density and are left out.
+    Returns a dict of metrics: means over the pairs, but the maximum of ratio_err.
+    """
     unet.zero_grad()
-    for i, s in (few.T for few in indices.split(args.micro_batch)):
-        t, latents, next_latents = schedule.timesteps[s], data["latents"][i, s], data["latents"][i, s + 1]
-        pairs = {"step": s} | {name: x[i, s] for name, x in data.items() if name not in ("latents", "embeds")}
-        noise_pred = predict_noise(unet, latents, t, data["embeds"][:, i], schedule, args.guidance_scale)
-        _, log_prob, mean = ddpm_step(noise_pred, latents, s, schedule, next_latents)
-        loss, info = compute_loss(log_prob, mean, pairs, schedule, args)
-        (loss.sum() * scale / len(indices)).backward()
-        infos.append({name: x.detach() for name, x in {"loss": loss, **info}.items()})
+    pairs = torch.cartesian_prod(samples, schedule.noisy_steps)  # (num_pairs, 2)
+    metrics = defaultdict(list)
+    for pair in pairs.split(args.micro_batch):
+        i, step = pair.unbind(dim=1)
+        latents = rollout["latents"][i, step]
+        next_latents = rollout["latents"][i, step + 1]
+        embeds = rollout["embeds"][:, i]
+        batch = {
+            "log_prob_old": rollout["log_probs"][i, step],
+            "advantages": rollout["advantages"][i],
+        }
+
+        t = schedule.timesteps[step]
+        noise_pred = predict_noise(unet, latents, t, embeds, args.guidance_scale)
+        _, log_prob, _ = ddpm_step(noise_pred, latents, step, schedule, next_latents)
+        loss, info = compute_loss(log_prob, batch, args)
+        scaler.scale(loss.sum() / len(pairs)).backward()
+
+        for name, value in {"loss": loss, **info}.items():
+            metrics[name].append(value.detach())
+
+    average_gradients(unet)
+    means = {name: torch.cat(values).mean().item() for name, values in metrics.items()}
+    means["ratio_err"] = torch.cat(metrics["ratio_err"]).max().item()
+    return means
+
+
+# --------------------------------------------------------------------------------------------------
+# plumbing, the same in all five scripts
+
+
+def fail(message):
+    """End with one line and exit code 2, for what the user can put right."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args(command_line=None):
+    """The flags; with --resume those of that run, of which only a few can be given anew."""
+    args = tyro.cli(Args, description=__doc__, args=command_line)
+    if args.resume is None:
+        return args
+    try:
+        metadata = json.loads(Path(args.resume, "args.json").read_text())
+        saved = Args(**metadata["args"] | {"resume": args.resume})
+        saved.adam_betas = tuple(saved.adam_betas)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"--resume {args.resume}: it has no args.json of this script ({error})")
+    if metadata["script"] != Path(__file__).stem:
+        fail(f"--resume {args.resume}: it is a run of {metadata['script']}.py")
+
+    args = tyro.cli(Args, description=__doc__, args=command_line, default=saved)
+    may_change = ("iterations", "save_every", "track", "device", "micro_batch", "model")
+    for name, value in asdict(saved).items():
+        if name not in may_change and getattr(args, name) != value:
+            fail(f"--resume {args.resume}: --{name.replace('_', '-')} was {value} and must stay")
+    return args
+
+
+def init_processes(args):
+    """Settle --device; (rank, world_size) under torchrun, one process per GPU, else (0, 1)."""
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    if args.device.startswith("cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group(timeout=timedelta(hours=2))  # rank 0 evaluates, the others wait
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gather(value):
+    """[value of process 0, value of process 1, ...], in every process."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def average_gradients(unet):
+    """Replace each process's gradient by the mean over the processes."""
     for p in unet.parameters():
-        p.grad = None if p.grad is None else p.grad / scale
-    totals = {name: torch.cat([info[name] for info in infos]) for name in infos[0]}
-    return {name: float(x.max() if name == "ratio_err" else x.mean()) for name, x in totals.items()}
+        if dist.is_initialized() and p.requires_grad:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad / dist.get_world_size()
+            dist.all_reduce(p.grad)
 
-def save_checkpoint(run, unet, params, optimizer, state, args):
-    """state.safetensors for --resume (weights, AdamW's moments, the JSON-able `state`), renamed once whole; and the
-    result, lora/ or unet/, for diffusers. Raises FloatingPointError rather than save weights that are not finite."""
-    if not all(p.isfinite().all() for p in params.values()):
-        raise FloatingPointError(f"the weights are not finite; {run}/checkpoint holds the last good ones")
-    kinds = {name: {"param": p, **optimizer.state.get(p, {})} for name, p in params.items()}
-    tensors = {f"{kind}.{name}": x.detach().contiguous() for name in kinds for kind, x in kinds[name].items()}
-    save_file(tensors, run / "checkpoint/state.tmp", metadata={"state": json.dumps(state)})
-    os.replace(run / "checkpoint/state.tmp", run / "checkpoint/state.safetensors")
-    if args.lora_rank:
-        StableDiffusionPipeline.save_lora_weights(run / "lora", peft.get_peft_model_state_dict(unet))
-    else:
-        unet.save_pretrained(run / "unet")
 
-def load_checkpoint(run, params, optimizer):
-    """Restores in place what save_checkpoint wrote; returns its `state`."""
-    with safe_open(run / "checkpoint/state.safetensors", "pt") as file:
-        for key in file.keys():
-            kind, name = key.split(".", 1)
-            device = "cpu" if kind == "step" else params[name].device  # as AdamW keeps them
-            optimizer.state[params[name]][kind] = file.get_tensor(key).to(device)
-        for p in params.values():
-            p.data.copy_(optimizer.state[p].pop("param"))
-        return json.loads(file.metadata()["state"])
-
-def evaluate(pipe, run, iteration, prompts, score, alignment, schedule, shape, args):
-    """Up to 16 fixed prompts, two fixed noises each: writes the grid and the trajectory strip, returns the metrics."""
-    few = [prompts[i] for i in np.linspace(0, len(prompts) - 1, min(16, len(prompts))).astype(int)] * 2 + ["elephant"]
-    noise = [torch.randn((args.num_steps + 1, *shape), generator=make_generator(0, 0, i, 1)) for i in range(len(few))]
-    embeds = torch.stack(pipe.encode_prompt(few, args.device, 1, True)[::-1])
-    latents, _ = sample_trajectories(pipe.unet, embeds, torch.stack(noise).to(args.device), schedule, args)
-    marks = [1] + [max(1, k * args.num_steps // 5) for k in range(1, 6)]  # steps 0 9 19 29 39 49 of 50, as in Figure 4
-    strip, images, few = decode(pipe.vae, latents[-1, marks]), decode(pipe.vae, latents[:-1, -1]), few[:-1]
-    for name, pictures, lines in (("trajectory", strip, 1), ("images", images, 2)):
-        grid = Image.fromarray(np.concatenate([np.concatenate(line, 1) for line in np.split(pictures, lines)]))
-        grid.thumbnail((2048, 2048))
-        (run / name).mkdir(exist_ok=True)
-        grid.save(run / name / f"{iteration:04d}.png")
-    diversity = np.sqrt((np.subtract(*np.split(images / 255, 2)) ** 2).mean((1, 2, 3))).mean()
-    metrics = {"eval_reward": float(score(images, few)[0].mean()), "eval_diversity": float(diversity)}
-    return metrics | ({"eval_align": float(np.mean(alignment(images, few)))} if alignment else {})
-
-def resolve(args):
-    """Check the arguments and settle those that depend on machine and model, in place; no weights are loaded yet.
-    Returns the prompts, the schedule and the shape of a latent, (C, H, W). Raises ValueError, or diffusers' OSError."""
-    zero = "seed lora_rank guidance_scale weight_decay adam_eps micro_batch kl_coef beta quantile".split()  # may be 0
-    for name, x in vars(args).items():
-        if type(x) in (int, float) and name != "threshold" and not (x > 0 or (x == 0 and name in zero)):
-            raise ValueError(f"--{name.replace('_', '-')} {x}: must be greater than 0{' or 0' * (name in zero)}")
-    if args.num_samples % args.num_updates:
-        raise ValueError(f"--num-samples {args.num_samples}: not {args.num_updates} equal shares (--num-updates)")
-    named = {"animals": ANIMALS, "imagenet": ResNet50_Weights.DEFAULT.meta["categories"][:398]}
-    lines = named.get(args.prompts) or Path(args.prompts).read_text(encoding="utf-8").splitlines()
-    if not (prompts := [line.strip() for line in lines if line.strip()]):
-        raise ValueError(f"--prompts {args.prompts}: the file is empty; write one prompt a line")
-    args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    torch.optim.AdamW([torch.zeros(1, device=args.device)], args.lr, args.adam_betas)  # raises: bad device or betas
-    on_gpu, why = args.device.startswith("cuda"), "as asked for"
+def check_args(args):
+    """Refuse what no script can use, and settle --model and --precision."""
+    positive = ("iterations", "save_every", "num_samples", "num_steps", "num_updates", "lr")
+    not_negative = ("seed", "lora_rank", "guidance_scale", "weight_decay", "adam_eps")
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if name in (*positive, "max_grad_norm") and not 0 < value < math.inf:
+            fail(f"{flag}: must be greater than 0")
+        if name in (*not_negative, "micro_batch") and value is not None:
+            if not 0 <= value < 2**63:
+                fail(f"{flag}: must be 0 or greater")
+    if not all(0 <= beta < 1 for beta in args.adam_betas):
+        fail(f"--adam-betas {args.adam_betas}: both must be at least 0 and below 1")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device}: {str(error).splitlines()[0]}")
+    if args.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+        fail("--compile: needs a C++ compiler, such as g++")
+    on_gpu = args.device.startswith("cuda")
+    if args.precision == "auto":
+        args.precision = "fp16" if on_gpu else "fp32"
     if args.model == "auto":
-        why = "there is a GPU" if on_gpu else "Stable Diffusion on a CPU takes hours an iteration"
-        args.model = "CompVis/stable-diffusion-v1-4" if on_gpu else os.path.relpath(HERE / "models/emoji")
-    if args.precision == "auto":  # emulated bf16 is slower than fp16
-        bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.precision = "bf16" if bf16 else "fp16" if on_gpu else "fp32"
-    if (kind := StableDiffusionPipeline.load_config(args.model)["_class_name"]) != "StableDiffusionPipeline":
-        raise ValueError(f"--model {args.model}: a {kind}; only StableDiffusionPipeline (1.x and 2.x) works")
-    scheduler = DDIMScheduler.from_pretrained(args.model, subfolder="scheduler")
-    if args.num_steps > (limit := scheduler.config.num_train_timesteps - scheduler.config.steps_offset):
-        raise ValueError(f"--num-steps {args.num_steps}: the scheduler has {limit}")
-    config = UNet2DConditionModel.load_config(args.model, subfolder="unet")
-    with torch.device("meta"):
-        size = UNet2DConditionModel.from_config(config).num_parameters()
-    args.lora_rank = 4 * (size >= 50e6) if args.lora_rank is None else args.lora_rank
-    shape = (config["in_channels"], config["sample_size"], config["sample_size"])
-    args.micro_batch = args.micro_batch or max(1, min(64, 2**17 // int(np.prod(shape))))  # 8 for Stable Diffusion
-    print(f"{args.model} on {args.device} in {args.precision} ({why}); UNet of {size / 1e6:.1f} M,", end=" ")
-    print(f"LoRA rank {args.lora_rank} on attention" if args.lora_rank else "full fine-tuning")
-    pairs = args.num_samples // args.num_updates * args.num_steps
-    print(f"{args.num_samples} samples; {args.num_updates} updates of {pairs} pairs, {args.micro_batch} at a time")
-    return prompts, make_schedule(scheduler, args.num_steps, args.device), shape
+        args.model = "CompVis/stable-diffusion-v1-4" if on_gpu else "models/emoji"
+    for folder in (Path(args.model), HERE / args.model):
+        if folder.is_dir():
+            args.model = str(folder.resolve())
+            break
 
-def open_run(args):
-    """Make the run folder, or check the one of --resume; returns its path. Raises ValueError or OSError."""
-    about = {"script": Path(__file__).stem, "args": asdict(args), "command": shlex.join(sys.argv)}
-    if args.resume:
-        run, free = Path(args.resume), {"resume", "iterations", "out", "save_every", "track", "device", "micro_batch"}
-        files = (run / "args.json").read_text(), json.dumps(about)
-        old, new = ({"script": x["script"], **x["args"]} for x in map(json.loads, files))
-        if wrong := [name for name in new if name not in free and old.get(name) != new[name]]:
-            raise ValueError(f"--resume {run}: was started with {wrong[0]} {old.get(wrong[0])}, not {new[wrong[0]]}")
-        return run
-    reward, now = re.sub(r"[^\w.+-]+", "_", Path(args.reward).name), time.strftime("%Y%m%d-%H%M%S")
-    run = Path(args.out) / f"{about['script']}__{reward}__s{args.seed}__{now}"
-    (run / "checkpoint").mkdir(parents=True)
-    about["git"] = subprocess.getoutput(f'git -C "{HERE}" rev-parse HEAD')
-    about["versions"] = {name: version(name) for name in "torch diffusers transformers peft numpy".split()}
-    about["gpu"] = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None
-    (run / "args.json").write_text(json.dumps(about, indent=2))
-    for file in (__file__, HERE / "rewards.py"):
-        shutil.copy(file, run)
-    return run
+
+def load_prompts(args):
+    """The list of prompts; a resumed run reads the copy in its own folder."""
+    path = Path(args.resume, "prompts.txt") if args.resume else Path(args.prompts)
+    if args.prompts == "animals" and not args.resume:
+        return ANIMALS.split()
+    if args.prompts == "imagenet" and not args.resume:
+        from torchvision.models import ResNet50_Weights
+
+        return ResNet50_Weights.DEFAULT.meta["categories"][:398]
+    if path.suffix in (".csv", ".json", ".jsonl"):
+        fail(f"--prompts {path}: write a text file with one prompt per line")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--prompts {path}: animals, imagenet, or a UTF-8 text file is needed ({error})")
+    lines = [line.strip() for line in text.split("\n")]  # splitlines would split at U+2028 too
+    prompts = [line for line in lines if line]
+    if not prompts:
+        fail(f"--prompts {path}: the file is empty; write one prompt per line")
+    return prompts
+
+
+def read_json(args, path):
+    """One of the model's JSON files, from its folder or from the Hugging Face hub."""
+    try:
+        local = os.path.isdir(args.model)
+        file = Path(args.model, path) if local else hf_hub_download(args.model, path)
+        return json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        where = f"in this folder, here or in {HERE}, or on the hub"
+        fail(f"--model {args.model}: cannot read {path} {where}: {reason}")
+
+
+def check_model(args):
+    """Refuse, by its JSON files alone, a model whose parts do not work as Stable Diffusion's do.
+
+    Returns its scheduler and the shape of a latent, (C, H, W).
+    """
+
+    def refuse(found, problem):
+        if found:
+            fail(f"--model {args.model}: {problem}")
+
+    kind = read_json(args, "model_index.json").get("_class_name")
+    refuse(kind != "StableDiffusionPipeline", f"its pipeline is {kind}, not Stable Diffusion")
+    unet = read_json(args, "unet/config.json")
+    vae = read_json(args, "vae/config.json")
+    text_encoder = read_json(args, "text_encoder/config.json")
+    config = read_json(args, "scheduler/scheduler_config.json")
+    read_json(args, "tokenizer/tokenizer_config.json")
+
+    # the parts fit each other, and a prompt is all that the UNet is conditioned on
+    channels = vae.get("latent_channels", 4)
+    refuse(unet.get("in_channels", 4) != channels, f"its UNet does not take {channels} channels")
+    refuse(unet.get("out_channels", 4) != channels, f"its UNet does not return {channels} channels")
+    width = text_encoder.get("hidden_size", 512)
+    refuse(
+        unet.get("cross_attention_dim", 1280) != width, f"its cross_attention_dim is not {width}"
+    )
+    refuse(vae.get("out_channels", 3) != 3, "its VAE does not decode to RGB")
+    conditions = ("class_embed_type", "num_class_embeds", "time_cond_proj_dim")
+    for name in (*conditions, "addition_embed_type", "encoder_hid_dim"):
+        refuse(unet.get(name) is not None, f"its UNet needs more than a prompt ({name})")
+    refuse(unet.get("sample_size") is None, "its UNet's config has no sample_size")
+    for part in ("unet", "vae", "text_encoder") if os.path.isdir(args.model) else ():
+        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        found = list(Path(args.model, part).glob(f"{stem}.safetensors*"))  # or its index of shards
+        refuse(not found, f"no {part}/{stem}.safetensors (.bin files and fp16 variants do not do)")
+
+    # the scheduler defines a DDPM chain
+    refuse("beta_schedule" not in config, f"{config.get('_class_name')} has no DDPM chain (betas)")
+    target = config.get("prediction_type", "epsilon")
+    refuse(target not in ("epsilon", "v_prediction"), f"it predicts {target}, not epsilon or v")
+    refuse(config.get("thresholding"), "its scheduler thresholds x_0: a step is not Gaussian")
+    zero_snr = config.get("rescale_betas_zero_snr")
+    refuse(zero_snr and target == "epsilon", "zero terminal SNR needs v: epsilon is x_T at first")
+
+    # as StableDiffusionPipeline treats them, whatever the file says
+    scheduler = DDIMScheduler.from_config(config, steps_offset=1, clip_sample=False)
+    total = scheduler.config.num_train_timesteps
+    if args.num_steps >= total:
+        fail(f"--num-steps {args.num_steps}: the scheduler has {total - 1}")
+    scheduler.set_timesteps(args.num_steps)
+    first = scheduler.timesteps[0].item()
+    if first < 0.9 * total - total / args.num_steps:  # at 400 of 1000 steps it begins at 799
+        fail(f"--num-steps {args.num_steps}: the chain would begin at {first}; divide {total}")
+    size = unet["sample_size"]
+    height_width = size if isinstance(size, list) else [size, size]
+    return scheduler, (channels, *height_width)
+
+
+def choose_micro_batch(args, latent_shape, num_samples, num_pairs):
+    """Settle --micro-batch: the most pairs per forward pass that fit and that divide `num_pairs`.
+
+    In half precision it divides the samples too: other batch sizes run other kernels, and the
+    ratio of the first update would not be 1. In fp32 that changes a log-prob by 1e-6 at the most.
+    """
+    limit = args.micro_batch
+    if limit == 0:
+        limit = min(64, 2**17 // math.prod(latent_shape))
+        if args.device.startswith("cuda"):
+            memory = torch.cuda.get_device_properties(args.device).total_memory / 2**30
+            limit = int(memory / 2.5 * 2**14 / math.prod(latent_shape))  # at 24 GiB: 9
+    common = num_pairs if args.precision == "fp32" else math.gcd(num_samples, num_pairs)
+    divisors = [n for n in range(1, common + 1) if common % n == 0]
+    args.micro_batch = max(n for n in divisors if n <= max(limit, 1))
+
 
 def load_model(args):
     """The pipeline, and the trainable parameters of its UNet by name, float32."""
-    pipe = StableDiffusionPipeline.from_pretrained(args.model, use_safetensors=True, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        args.model, use_safetensors=True, safety_checker=None, dtype=torch.float32
+    )
+    pipe.to(args.device)
     pipe.text_encoder.requires_grad_(False)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
-    unet, rank = pipe.to(args.device, torch.float32).unet.requires_grad_(not args.lora_rank), args.lora_rank
-    if rank:
-        torch.manual_seed(args.seed)
-        lora = {"r": rank, "lora_alpha": rank, "init_lora_weights": "gaussian"}
-        unet.to(dtype).add_adapter(peft.LoraConfig(**lora, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    params = {name: p for name, p in unet.named_parameters() if p.requires_grad}
-    for p in params.values():
-        p.data = p.data.float()
-    unet.forward = torch.autocast(torch.device(args.device).type, dtype, args.precision != "fp32")(unet.forward)
-    return pipe, params
+    unet = pipe.unet
+    if args.lora_rank is None:
+        args.lora_rank = 4 if unet.num_parameters() >= 50e6 else 0
 
-def main(args):
-    try:
-        prompts, schedule, shape = resolve(args)
-        score = load_reward(args.reward, args.device, f"{args.model}/clip")
-        alignment = load_alignment(args.reward, args.device, f"{args.model}/clip")
-        run = open_run(args)
-        pipe, params = load_model(args)
-        optimizer = torch.optim.AdamW(params.values(), args.lr, args.adam_betas, args.adam_eps, args.weight_decay)
-        state = load_checkpoint(run, params, optimizer) if args.resume else {"rows": [], "history": {}, "skipped": 0}
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # what a user can mend: no traceback
-        print("error:", str(error).strip().splitlines()[0], file=sys.stderr)
-        sys.exit(2)
-    rows, stop = state["rows"], []
-    if not rows:  # row 0 is the pretrained model
-        metrics = evaluate(pipe, run, 0, prompts, score, alignment, schedule, shape, args)
-        rows.append({"iteration": 0, "samples": 0, **metrics})
-    done = rows[-1]["iteration"]
-    if args.track:
-        wandb.init(project="ddpo", name=run.name, id=run.name, resume="allow", config=asdict(args))
-        wandb.log(rows[-1], step=done)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(True))
-    for iteration in range(done + 1, args.iterations + 1):
-        # ---- sample ----
-        clock = [time.time()]
-        generators = [make_generator(args.seed, iteration, i, 0) for i in range(args.num_samples)]
-        batch_prompts = [prompts[torch.randint(len(prompts), (), generator=g)] for g in generators]
-        noise = torch.stack([torch.randn((args.num_steps + 1, *shape), generator=g) for g in generators])
-        embeds = torch.stack(pipe.encode_prompt(batch_prompts, args.device, 1, True)[::-1])  # (2, N, L, D)
-        latents, log_probs = sample_trajectories(pipe.unet, embeds, noise.to(args.device), schedule, args)
-        images = decode(pipe.vae, latents[:, -1])
-        clock.append(time.time())
-        # ---- reward ----
-        rewards, parts = score(images, batch_prompts)
-        clock.append(time.time())
-        # ---- train ----
-        advantages = compute_advantages(rewards, batch_prompts, state["history"], args.adv_clip)
-        data = {"latents": latents, "embeds": embeds, "log_prob_beh": log_probs}
-        data["advantages"] = torch.tensor(advantages).to(log_probs).view(-1, 1).expand_as(log_probs)
-        updates = []  # the samples are independent, so that equal shares need no shuffle
-        for samples in torch.arange(args.num_samples, device=args.device).chunk(args.num_updates):
-            info = accumulate_gradients(pipe.unet, data, samples, schedule, args)
-            info["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(params.values(), args.max_grad_norm))
-            finite = bool(np.isfinite(info["loss"] + info["grad_norm"]))
-            state["skipped"] = 0 if finite else state["skipped"] + 1
-            if finite:
-                optimizer.step()
-            elif state["skipped"] == 10:
-                sys.exit("10 updates in a row had a loss or gradient that is not finite: lower --lr or use fp32")
-            updates.append(info | {"skipped": int(not finite)})
-        metrics = {name: float(np.mean([info[name] for info in updates])) for name in updates[0]}
-        metrics["ratio_err"] = updates[0]["ratio_err"]  # of the first update, where the ratio is 1 but for rounding
-        if metrics["ratio_err"] > args.clip_range / 10 >= max(row.get("ratio_err", 0) for row in rows):  # said once
-            print("ratio_err is over a tenth of the clip range: use --precision fp32")
-        clock.append(time.time())
-        # ---- log ----
-        row = {"iteration": iteration, "samples": iteration * args.num_samples}
-        row |= {"reward_mean": float(rewards.mean()), "reward_std": float(rewards.std())}
-        row |= {f"reward_{name}": float(part.mean()) for name, part in parts.items() if len(parts) > 1}
-        row |= metrics | dict(zip(("sample_s", "reward_s", "train_s"), np.diff(clock).tolist()))
-        row["images_per_s"] = args.num_samples / row["sample_s"]
-        row["peak_mem_gb"] = (torch.cuda.max_memory_allocated() or psutil.Process().memory_info().rss) / 1e9
-        rows.append(row)
-        last = iteration == args.iterations or bool(stop)
-        if last or iteration % args.save_every == 0:
-            row |= evaluate(pipe, run, iteration, prompts, score, alignment, schedule, shape, args)
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        with open(run / "metrics.csv", "w", newline="") as file:
-            csv.writer(file).writerows([names, *([row.get(name) for name in names] for row in rows)])
-        if "eval_reward" in row:
-            save_checkpoint(run, pipe.unet, params, optimizer, state, args)
-        if args.track:
-            wandb.log(row, step=iteration)
-        text = f"iteration {iteration}/{args.iterations}: reward {row['reward_mean']:.3f} +- {row['reward_std']:.3f}"
-        left = (time.time() - clock[0]) * (args.iterations - iteration) / 60
-        print(f"{text}, {clock[-1] - clock[0]:.1f} s, {left:.0f} min left", flush=True)
-        if last:  # not `stop`, which may have come after the saving
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    dtype = dtypes[args.precision]
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    if args.lora_rank > 0:
+        torch.manual_seed(args.seed)
+        unet.requires_grad_(False)
+        unet.to(dtype)
+        config = LoraConfig(
+            r=args.lora_rank,
+            lora_alpha=args.lora_rank,
+            init_lora_weights="gaussian",
+            target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+        )
+        unet.add_adapter(config)
+        cast_training_params(unet, torch.float32)
+        for module in unet.modules():
+            module.cast_input_dtype_enabled = False  # PEFT would copy every input to float32
+
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    device_type = torch.device(args.device).type
+    if device_type == "cuda":
+        unet.to(memory_format=torch.channels_last)
+    autocast = torch.autocast(device_type, dtype, enabled=args.precision != "fp32")
+    unet.forward = autocast(unet.forward)
+    if args.compile:
+        unet.compile()
+    return pipe, {name: p for name, p in unet.named_parameters() if p.requires_grad}
+
+
+def open_run(args, pipe, prompts, score):
+    """Make the run folder, or check the one of --resume. Returns its path."""
+    weights = hashlib.sha256()  # a fingerprint: the first numbers of each pretrained tensor
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        for name, tensor in part.state_dict().items():
+            if "lora_" not in name:
+                weights.update(tensor.flatten()[:1000].float().cpu().numpy().tobytes())
+    if args.resume:
+        metadata = json.loads(Path(args.resume, "args.json").read_text())
+        if metadata["weights"] != weights.hexdigest():
+            fail(f"--resume {args.resume}: it started from other weights than {args.model}")
+        return Path(args.resume)
+
+    script = Path(__file__).stem
+    name = f"{script}__{score.label}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run = Path(args.out, name)
+    number = 1
+    while True:
+        try:
+            run.mkdir(parents=True)
             break
-    # ---- end ----
-    done = rows[-1]["iteration"]
-    grids = [np.asarray(Image.open(run / f"images/{iteration:04d}.png")) for iteration in (0, done)]
-    Image.fromarray(np.concatenate([grid[: len(grid) // 2] for grid in grids])).save(run / "before_after.png")
-    before, after = (row["eval_reward"] for row in (rows[0], rows[-1]))
-    print(f"{args.reward}: {before:.3f} -> {after:.3f} on fixed prompts and noise, {done} iterations; see {run}")
-    if done < args.iterations:
-        print("go on with: python", shlex.join(sys.argv + ["--resume", str(run)] * (not args.resume)))
+        except FileExistsError:  # a run that was started in the same second
+            number += 1
+            run = Path(args.out, f"{name}-{number}")
+        except OSError as error:
+            fail(f"--out {args.out}: {error}")
+
+    git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True)
+    metadata = {
+        "script": script,
+        "args": asdict(args),
+        "command": shlex.join(sys.argv),
+        "git": git.stdout.strip(),  # empty outside a checkout
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "gpu": torch.cuda.get_device_name(args.device) if "cuda" in args.device else "",
+        "weights": weights.hexdigest(),
+    }
+    if Path(args.model).is_relative_to(HERE):
+        metadata["args"]["model"] = str(Path(args.model).relative_to(HERE))
+    with writing_to(run):
+        (run / "args.json").write_text(json.dumps(metadata, indent=2))
+        (run / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+        save_user_files(score, run / "reward")
+        shutil.copy(__file__, run)
+        shutil.copy(HERE / "rewards.py", run)
     return run
 
+
+def resume_command(run):
+    return shlex.join(["python", sys.argv[0], "--resume", str(run)])
+
+
+@contextmanager
+def writing_to(run):
+    """A disk that is full or read-only ends the run in one line; the last checkpoint is whole."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save: RuntimeError
+        reason = str(error).splitlines()[0]
+        fail(f"cannot write to {run}: {reason}. Make room, then {resume_command(run)}")
+
+
+def save_checkpoint(run, pipe, params, optimizer, state, args):
+    """lora/ or unet/ for diffusers, then checkpoint/state.pt for --resume, renamed when whole."""
+    if not all(p.isfinite().all() for p in params.values()):
+        fail(f"the weights are not finite: lower --lr. {run}/checkpoint has the last good ones")
+    if args.lora_rank > 0:
+        pipe.save_lora_weights(run / "lora", get_peft_model_state_dict(pipe.unet))
+    else:
+        pipe.unet.save_pretrained(run / "unet")
+
+    checkpoint = {
+        "weights": {name: p.detach() for name, p in params.items()},
+        "optimizer": optimizer.state_dict(),
+        "state": state,
+    }
+    (run / "checkpoint").mkdir(exist_ok=True)
+    torch.save(checkpoint, run / "checkpoint/state.tmp")
+    os.replace(run / "checkpoint/state.tmp", run / "checkpoint/state.pt")
+
+
+def load_checkpoint(run, params, optimizer):
+    """Restore weights and optimizer in place. Returns the state, None where nothing was saved."""
+    path = run / "checkpoint/state.pt"
+    if not path.exists():
+        print(f"{run} has no checkpoint: it starts again")
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes torch raise
+        fail(f"{path} is damaged: put back a copy or start a new run ({type(error).__name__})")
+    for name, p in params.items():
+        p.data.copy_(checkpoint["weights"][name])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["state"]
+
+
+def write_metrics(run, rows):
+    """metrics.csv: a row per iteration, with blanks where a row lacks a column."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with open(run / "metrics.tmp", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(run / "metrics.tmp", run / "metrics.csv")
+
+
+def make_generator(*key):
+    """The generator of a key (seed, iteration, sample, purpose), on the CPU for any device."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed))
+
+
+def run_policy(pipe, prompts, generators, latent_shape, schedule, args):
+    """One trajectory for each of N prompts, with the noise of its generator.
+
+    Returns latents (N, T + 1, C, H, W), log_probs (N, T), and the text embeddings (2, N, L, D).
+    """
+    shape = (len(prompts), args.num_steps + 1, *latent_shape)
+    noise = randn_tensor(shape, generator=generators)  # on the CPU: the same on every device
+    if args.device.startswith("cuda"):
+        noise = noise.pin_memory()
+    noise = noise.to(args.device, non_blocking=True)
+    prompt_embeds, negative_prompt_embeds = pipe.encode_prompt(
+        prompts, args.device, num_images_per_prompt=1, do_classifier_free_guidance=True
+    )
+    embeds = torch.stack([negative_prompt_embeds, prompt_embeds])
+    latents, log_probs = sample_trajectories(pipe.unet, embeds, noise, schedule, args)
+    return latents, log_probs, embeds
+
+
+def evaluate(pipe, run, iteration, prompts, score, alignment, schedule, latent_shape, args):
+    """Reward, diversity and CLIP score of up to 32 fixed prompts, with two fixed noises each.
+
+    Writes their grid to images/ and the denoising of an elephant to trajectory/.
+    """
+    count = min(32, len(prompts))
+    chosen = [prompts[i] for i in np.linspace(0, len(prompts) - 1, count).astype(int)] * 2
+    eval_prompts = [*chosen, "elephant"]
+    generators = [make_generator(0, 0, i, 1) for i in range(len(eval_prompts))]
+    latents, _, _ = run_policy(pipe, eval_prompts, generators, latent_shape, schedule, args)
+    images = decode(pipe.vae, latents[:-1, -1])
+    steps = [1] + [max(1, k * args.num_steps // 5) for k in range(1, 6)]  # Figure 4: 0 9 ... 49
+    strip = decode(pipe.vae, latents[-1, steps])
+
+    with writing_to(run):
+        for folder, pictures, rows in (("images", images, 2), ("trajectory", strip, 1)):
+            pictures = [Image.fromarray(picture) for picture in pictures]
+            grid = make_image_grid(pictures, rows=rows, cols=len(pictures) // rows)
+            grid.thumbnail((4096, 4096))
+            (run / folder).mkdir(exist_ok=True)
+            grid.save(run / folder / f"{iteration:04d}.png")
+
+    rewards, _ = score(images, chosen)
+    difference = (images[:count] / 255 - images[count:] / 255) ** 2
+    metrics = {
+        "eval_reward": float(rewards.mean()),
+        "eval_reward_se": float(rewards.std(ddof=1) / math.sqrt(len(rewards))),
+        "eval_diversity": float(np.sqrt(difference.mean(axis=(1, 2, 3))).mean()),
+    }
+    if alignment is not None:
+        metrics["eval_align"] = float(np.mean(alignment(images, chosen)))
+    return metrics
+
+
+def save_before_after(run, last):
+    """before_after.png: the first line of the first grid above that of the last grid."""
+    paths = [run / "images/0000.png", run / f"images/{last:04d}.png"]
+    if all(path.exists() for path in paths):
+        grids = [Image.open(path) for path in paths]
+        lines = [grid.crop((0, 0, grid.width, grid.height // 2)) for grid in grids]
+        make_image_grid(lines, rows=2, cols=1).save(run / "before_after.png")
+
+
+def init_tracking(run, args):
+    """Start Weights & Biases, offline where it cannot be reached: it never stops a run."""
+    import wandb
+
+    options = {"project": "ddpo", "name": run.name, "id": run.name, "config": asdict(args)}
+    try:
+        wandb.init(**options, resume="allow")
+    except Exception as error:  # not logged in, no network, a service that is down
+        print(f"wandb: {error}; logging offline, for `wandb sync`")
+        wandb.init(**options, mode="offline")
+    return wandb
+
+
+def stop_signals():
+    """A list that Ctrl-C, SIGTERM or SIGHUP fills, to end after the iteration; a second exits."""
+    received = []
+
+    def receive(number, frame):
+        if received and time.time() - received[0] > 1:  # torchrun repeats the first one
+            sys.exit(128 + number)
+        received.append(time.time())
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, receive)
+    return received
+
+
+# --------------------------------------------------------------------------------------------------
+# main
+
+
+def main(args):
+    # settle the arguments, before weights are loaded
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    rank, world_size = init_processes(args)
+    check_args(args)
+    check_algorithm(args, world_size)
+    prompts = load_prompts(args)
+    scheduler, latent_shape = check_model(args)
+    schedule = make_schedule(scheduler, args.num_steps, args.device)
+    num_samples = args.num_samples // world_size  # of this process
+    num_pairs = num_samples // args.num_updates * len(schedule.noisy_steps)
+    choose_micro_batch(args, latent_shape, num_samples, num_pairs)
+    print(f"{args.model} on {world_size} x {args.device} in {args.precision}")
+    print(
+        f"{args.num_samples} samples of {args.num_steps} steps; {args.num_updates} updates of "
+        f"{num_pairs * world_size} pairs, {args.micro_batch} per forward pass"
+    )
+
+    # load the reward and the model
+    clip_folder = f"{args.model}/clip"
+    user_files = Path(args.resume, "reward") if args.resume else None
+    try:
+        score = load_reward(args.reward, args.device, clip_folder, user_files)
+        alignment = load_alignment(args.reward, args.device, clip_folder)
+    except RewardError as error:
+        fail(f"--reward {args.reward}: {error}")
+    pipe, params = load_model(args)
+    kind = f"LoRA of rank {args.lora_rank}" if args.lora_rank else "full fine-tuning"
+    trained = sum(p.numel() for p in params.values())
+    print(f"{kind}: {trained / 1e6:.2f} M of {pipe.unet.num_parameters() / 1e6:.1f} M parameters")
+    limit = pipe.tokenizer.model_max_length
+    lengths = [len(ids) for ids in pipe.tokenizer(prompts).input_ids]
+    if max(lengths) > limit:
+        print(
+            f"prompts with more than {limit} tokens are cut there; the longest has {max(lengths)}"
+        )
+    optimizer = torch.optim.AdamW(
+        params.values(),
+        lr=args.lr,
+        betas=args.adam_betas,
+        eps=args.adam_eps,
+        weight_decay=args.weight_decay,
+        fused=args.device.startswith("cuda"),
+    )
+    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
+
+    # open the run; row 0 of its metrics is the pretrained model
+    run = gather(open_run(args, pipe, prompts, score) if rank == 0 else None)[0]
+    state = load_checkpoint(run, params, optimizer) if args.resume else None
+    if state is None:
+        row = {"iteration": 0, "samples": 0}
+        if rank == 0:
+            row |= evaluate(pipe, run, 0, prompts, score, alignment, schedule, latent_shape, args)
+        state = {"rows": [row], "history": {}, "skipped": 0}
+        state["scaler"] = scaler.state_dict()
+    scaler.load_state_dict(state["scaler"])
+    rows = state["rows"]
+    done = rows[-1]["iteration"]
+    tracker = init_tracking(run, args) if args.track and rank == 0 else None
+    stop = stop_signals()
+
+    progress = tqdm(initial=done, total=args.iterations, disable=None if rank == 0 else True)
+    for iteration in range(done + 1, args.iterations + 1):
+        # sample: process r draws the samples r, r + world_size, ...
+        start = time.time()
+        generators = [make_generator(args.seed, iteration, i, 0) for i in range(args.num_samples)]
+        all_prompts = [prompts[torch.randint(len(prompts), (), generator=g)] for g in generators]
+        generators = generators[rank::world_size]
+        batch_prompts = all_prompts[rank::world_size]
+        latents, log_probs, embeds = run_policy(
+            pipe, batch_prompts, generators, latent_shape, schedule, args
+        )
+        images = decode(pipe.vae, latents[:, -1])
+        sample_time = time.time()
+
+        # reward
+        try:
+            rewards, reward_parts = score(images, batch_prompts)
+        except RewardError:
+            print(f"to go on once the reward works: {resume_command(run)}", file=sys.stderr)
+            raise
+        rewards = np.stack(gather(rewards), axis=1).flatten()  # in the order of all_prompts
+        reward_time = time.time()
+
+        # train: each update takes an equal share of the samples, which are independent
+        advantages = compute_advantages(rewards, all_prompts, state["history"], args.adv_clip)
+        rollout = {
+            "latents": latents,
+            "embeds": embeds,
+            "log_probs": log_probs,
+            "advantages": torch.tensor(advantages[rank::world_size]).to(log_probs),
+        }
+        updates = []
+        for samples in torch.arange(num_samples, device=args.device).chunk(args.num_updates):
+            info = accumulate_gradients(pipe.unet, rollout, samples, schedule, scaler, args)
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(params.values(), args.max_grad_norm).item()
+            finite = math.isfinite(grad_norm)  # in all processes or in none
+            if finite:
+                scaler.step(optimizer)
+            scaler.update()
+            state["skipped"] = 0 if finite else state["skipped"] + 1
+            if state["skipped"] == 10:
+                sys.exit("10 updates in a row were not finite: lower --lr or use --precision fp32")
+            updates.append({**info, "grad_norm": grad_norm, "skipped": float(not finite)})
+        train_time = time.time()
+
+        # log
+        row = {
+            "iteration": iteration,
+            "samples": iteration * args.num_samples,
+            "reward_mean": float(rewards.mean()),
+            "reward_std": float(rewards.std()),
+        }
+        for name, values in reward_parts.items():
+            if len(reward_parts) > 1:
+                row[f"reward_{name}"] = float(np.mean(gather(values)))
+        updates = sum(gather(updates), [])  # of all processes
+        for name in updates[0]:
+            row[name] = float(np.mean([update[name] for update in updates]))
+        first_updates = updates[:: args.num_updates]  # before anything moved: only rounding
+        row["ratio_err"] = max(update["ratio_err"] for update in first_updates)
+        highest = max(earlier.get("ratio_err", 0) for earlier in rows)
+        if row["ratio_err"] > args.clip_range / 10 >= highest:  # said once
+            tqdm.write("ratio_err is over a tenth of the clip range: use --precision fp32")
+        row["sample_s"] = sample_time - start
+        row["reward_s"] = reward_time - sample_time
+        row["train_s"] = train_time - reward_time
+        row["images_per_s"] = args.num_samples / row["sample_s"]
+        row["peak_mem_gb"] = psutil.Process().memory_info().rss / 1e9
+        if args.device.startswith("cuda"):
+            row["peak_mem_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        rows.append(row)
+        seconds = train_time - start
+        left = seconds * (args.iterations - iteration) / 60
+        text = f"reward {row['reward_mean']:.3f} +- {row['reward_std']:.3f}"
+        tqdm.write(f"iteration {iteration}: {text}, {seconds:.1f} s, {left:.0f} min left")
+        progress.set_postfix_str(text, refresh=False)
+        progress.update()
+
+        # evaluate and save
+        last = iteration == args.iterations or any(gather(bool(stop)))  # the same in all processes
+        save = last or iteration % args.save_every == 0
+        if rank == 0 and save:
+            row |= evaluate(
+                pipe, run, iteration, prompts, score, alignment, schedule, latent_shape, args
+            )
+        if rank == 0:
+            with writing_to(run):
+                write_metrics(run, rows)
+                if save:
+                    state["scaler"] = scaler.state_dict()
+                    save_checkpoint(run, pipe, params, optimizer, state, args)
+        if tracker is not None:
+            tracker.log(row, step=iteration)
+            if save:
+                grid = tracker.Image(str(run / f"images/{iteration:04d}.png"))
+                tracker.log({"images": grid}, step=iteration)
+        if last:
+            break
+
+    if rank == 0:
+        save_before_after(run, rows[-1]["iteration"])
+        before, after = rows[0]["eval_reward"], rows[-1]["eval_reward"]
+        print(f"{args.reward}: {before:.3f} -> {after:.3f} on fixed prompts and noise; see {run}")
+        if rows[-1]["iteration"] < args.iterations:
+            print(f"go on with: {resume_command(run)}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return run
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(parse_args())
+    except FloatingPointError as error:
+        fail(f"{error}: lower --lr or use --precision fp32. The last good checkpoint is kept")
+    except torch.OutOfMemoryError:
+        fail("out of GPU memory: use a smaller --micro-batch, or --gradient-checkpointing")
