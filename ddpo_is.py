@@ -163,7 +163,7 @@ def make_schedule(scheduler, num_steps, device):
 
 
 def predict_noise(unet, latents, t, embeds, guidance_scale):
-    """The UNet's prediction with classifier-free guidance, in one forward pass (lines 13-15).
+    """The UNet's prediction with classifier-free guidance (Algorithm 4, lines 13-15).
 
     latents (N, C, H, W), t (N,) timesteps, embeds (2, N, L, D): unconditional, conditional.
     Returns float32 (N, C, H, W): epsilon, or v where the model has prediction_type v_prediction.
@@ -174,9 +174,9 @@ def predict_noise(unet, latents, t, embeds, guidance_scale):
 
 
 def ddpm_step(noise_pred, latents, step, schedule, next_latents=None, noise=None):
-    """One action: draws x_{t-1} with `noise`, or scores the given `next_latents` (lines 16-18).
+    """One action: draws x_{t-1} with `noise`, or scores the given `next_latents`.
 
-    noise_pred, latents, next_latents, noise (N, C, H, W) float32; step (N,) from 0 to T - 1.
+    Algorithm 4, lines 16-18. noise_pred, latents, next_latents, noise (N, C, H, W) float32; step (N,) from 0 to T - 1.
     Returns next_latents, log_prob (N,) and the mean of x_{t-1}. log_prob is the *mean* over
     dimensions: only for that does a clip range of 1e-4 make sense, and the sum over the 16,384
     dimensions of Stable Diffusion overflows exp. It is 0 for a deterministic step (sigma = 0).
@@ -202,7 +202,7 @@ def ddpm_step(noise_pred, latents, step, schedule, next_latents=None, noise=None
 
 @torch.no_grad()
 def sample_trajectories(unet, embeds, noise, schedule, args):
-    """Run the policy (lines 8-19). embeds (2, N, L, D), noise (N, T + 1, C, H, W).
+    """Run the policy (Algorithm 4, lines 8-19). embeds (2, N, L, D), noise (N, T + 1, C, H, W).
 
     Returns latents (N, T + 1, C, H, W), x_T first and x_0 last, and log_probs (N, T), float32.
     Raises FloatingPointError where they are not finite.
