@@ -179,9 +179,9 @@ def predict_noise(unet, latents, t, embeds, guidance_scale):
 
 
 def ddpm_step(noise_pred, latents, step, schedule, next_latents=None, noise=None):
-    """One action: draws x_{t-1} with `noise`, or scores the given `next_latents`.
+    """One action: draws x_{t-1} with `noise`, or scores `next_latents` (Algorithm 4, lines 16-18).
 
-    Algorithm 4, lines 16-18. noise_pred, latents, next_latents, noise (N, C, H, W) float32; step (N,) from 0 to T - 1.
+    noise_pred, latents, next_latents, noise (N, C, H, W) float32; step (N,) from 0 to T - 1.
     Returns next_latents, log_prob (N,) and the mean of x_{t-1}. log_prob is the *mean* over
     dimensions: only for that does a clip range of 1e-4 make sense, and the sum over the 16,384
     dimensions of Stable Diffusion overflows exp. It is 0 for a deterministic step (sigma = 0).
