@@ -34,6 +34,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -350,12 +351,12 @@ def parse_args(command_line=None):
         return args
     try:
         metadata = json.loads(Path(args.resume, "args.json").read_text())
+        if metadata["script"] != Path(__file__).stem:
+            fail(f"--resume {args.resume}: it is a run of {metadata['script']}.py")
         saved = Args(**metadata["args"] | {"resume": args.resume})
         saved.adam_betas = tuple(saved.adam_betas)
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"--resume {args.resume}: it has no args.json of this script ({error})")
-    if metadata["script"] != Path(__file__).stem:
-        fail(f"--resume {args.resume}: it is a run of {metadata['script']}.py")
 
     args = tyro.cli(Args, description=__doc__, args=command_line, default=saved)
     may_change = ("iterations", "save_every", "track", "device", "micro_batch", "model")
@@ -403,17 +404,17 @@ def check_args(args):
     not_negative = ("seed", "lora_rank", "guidance_scale", "weight_decay", "adam_eps")
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        if name in (*positive, "max_grad_norm") and not 0 < value < math.inf:
-            fail(f"{flag}: must be greater than 0")
+        if name in (*positive, "max_grad_norm") and not 0 < value < 1e30:
+            fail(f"{flag}: must be a finite number greater than 0")
         if name in (*not_negative, "micro_batch") and value is not None:
             if not 0 <= value < 2**63:
-                fail(f"{flag}: must be 0 or greater")
+                fail(f"{flag}: must be a finite number, 0 or greater")
     if not all(0 <= beta < 1 for beta in args.adam_betas):
         fail(f"--adam-betas {args.adam_betas}: both must be at least 0 and below 1")
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device}: {str(error).splitlines()[0]}")
+        fail(f"--device {args.device}: {str(error).splitlines()[0][:200]}")
     if args.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
         fail("--compile: needs a C++ compiler, such as g++")
     on_gpu = args.device.startswith("cuda")
@@ -454,7 +455,10 @@ def read_json(args, path):
     try:
         local = os.path.isdir(args.model)
         file = Path(args.model, path) if local else hf_hub_download(args.model, path)
-        return json.loads(Path(file).read_text())
+        content = json.loads(Path(file).read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+        return content
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         where = f"in this folder, here or in {HERE}, or on the hub"
@@ -471,8 +475,11 @@ def check_model(args):
         if found:
             fail(f"--model {args.model}: {problem}")
 
-    kind = read_json(args, "model_index.json").get("_class_name")
+    index = read_json(args, "model_index.json")
+    kind = index.get("_class_name")
     refuse(kind != "StableDiffusionPipeline", f"its pipeline is {kind}, not Stable Diffusion")
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        refuse(part not in index, f"its model_index.json names no {part}")
     unet = read_json(args, "unet/config.json")
     vae = read_json(args, "vae/config.json")
     text_encoder = read_json(args, "text_encoder/config.json")
@@ -491,7 +498,10 @@ def check_model(args):
     conditions = ("class_embed_type", "num_class_embeds", "time_cond_proj_dim")
     for name in (*conditions, "addition_embed_type", "encoder_hid_dim"):
         refuse(unet.get(name) is not None, f"its UNet needs more than a prompt ({name})")
-    refuse(unet.get("sample_size") is None, "its UNet's config has no sample_size")
+    size = unet.get("sample_size")
+    pair = size if isinstance(size, list) else [size, size]
+    is_pair = len(pair) == 2 and all(isinstance(length, int) for length in pair)
+    refuse(not is_pair, f"its UNet's sample_size is {size}, not a number or a pair")
     for part in ("unet", "vae", "text_encoder") if os.path.isdir(args.model) else ():
         stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
         found = list(Path(args.model, part).glob(f"{stem}.safetensors*"))  # or its index of shards
@@ -506,17 +516,18 @@ def check_model(args):
     refuse(zero_snr and target == "epsilon", "zero terminal SNR needs v: epsilon is x_T at first")
 
     # as StableDiffusionPipeline treats them, whatever the file says
-    scheduler = DDIMScheduler.from_config(config, steps_offset=1, clip_sample=False)
-    total = scheduler.config.num_train_timesteps
+    total = config.get("num_train_timesteps", 1000)
     if args.num_steps >= total:
         fail(f"--num-steps {args.num_steps}: the scheduler has {total - 1}")
-    scheduler.set_timesteps(args.num_steps)
+    try:
+        scheduler = DDIMScheduler.from_config(config, steps_offset=1, clip_sample=False)
+        scheduler.set_timesteps(args.num_steps)
+    except (NotImplementedError, ValueError) as error:  # values that DDIMScheduler does not know
+        fail(f"--model {args.model}: {error}")
     first = scheduler.timesteps[0].item()
     if first < 0.9 * total - total / args.num_steps:  # at 400 of 1000 steps it begins at 799
         fail(f"--num-steps {args.num_steps}: the chain would begin at {first}; divide {total}")
-    size = unet["sample_size"]
-    height_width = size if isinstance(size, list) else [size, size]
-    return scheduler, (channels, *height_width)
+    return scheduler, (channels, *pair)
 
 
 def choose_micro_batch(args, latent_shape, num_samples, num_pairs):
@@ -525,6 +536,8 @@ def choose_micro_batch(args, latent_shape, num_samples, num_pairs):
     In half precision it divides the samples too: other batch sizes run other kernels, and the
     ratio of the first update would not be 1. In fp32 that changes a log-prob by 1e-6 at the most.
     """
+    if num_pairs == 0:
+        fail(f"--num-steps {args.num_steps}: no step of this scheduler has noise")
     limit = args.micro_batch
     if limit == 0:
         limit = min(64, 2**17 // math.prod(latent_shape))
@@ -598,18 +611,21 @@ def open_run(args, pipe, prompts, score):
         try:
             run.mkdir(parents=True)
             break
-        except FileExistsError:  # a run that was started in the same second
-            number += 1
-            run = Path(args.out, f"{name}-{number}")
         except OSError as error:
-            fail(f"--out {args.out}: {error}")
+            if not os.path.exists(run):
+                fail(f"--out {args.out}: {error}")
+            number += 1  # another run was started in the same second
+            run = Path(args.out, f"{name}-{number}")
 
-    git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True)
+    git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+    commit = ""  # outside a checkout, or without git
+    if shutil.which("git"):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     metadata = {
         "script": script,
         "args": asdict(args),
         "command": shlex.join(sys.argv),
-        "git": git.stdout.strip(),  # empty outside a checkout
+        "git": commit,
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         "gpu": torch.cuda.get_device_name(args.device) if "cuda" in args.device else "",
         "weights": weights.hexdigest(),
@@ -665,13 +681,15 @@ def load_checkpoint(run, params, optimizer):
         print(f"{run} has no checkpoint: it starts again")
         return None
     try:
+        if zipfile.ZipFile(path).testzip() is not None:  # torch does not compare checksums
+            raise ValueError("wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        for name, p in params.items():
+            p.data.copy_(checkpoint["weights"][name])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        return checkpoint["state"]
     except Exception as error:  # whatever a damaged file makes torch raise
         fail(f"{path} is damaged: put back a copy or start a new run ({type(error).__name__})")
-    for name, p in params.items():
-        p.data.copy_(checkpoint["weights"][name])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint["state"]
 
 
 def write_metrics(run, rows):
@@ -708,6 +726,15 @@ def run_policy(pipe, prompts, generators, latent_shape, schedule, args):
     return latents, log_probs, embeds
 
 
+def score_pictures(score, images, prompts, run):
+    """score(images, prompts); where the reward fails, say how to go on once it works."""
+    try:
+        return score(images, prompts)
+    except RewardError:
+        print(f"once the reward works, go on with: {resume_command(run)}", file=sys.stderr)
+        raise
+
+
 def evaluate(pipe, run, iteration, prompts, score, alignment, schedule, latent_shape, args):
     """Reward, diversity and CLIP score of up to 32 fixed prompts, with two fixed noises each.
 
@@ -730,7 +757,7 @@ def evaluate(pipe, run, iteration, prompts, score, alignment, schedule, latent_s
             (run / folder).mkdir(exist_ok=True)
             grid.save(run / folder / f"{iteration:04d}.png")
 
-    rewards, _ = score(images, chosen)
+    rewards, _ = score_pictures(score, images, chosen, run)
     difference = (images[:count] / 255 - images[count:] / 255) ** 2
     metrics = {
         "eval_reward": float(rewards.mean()),
@@ -748,7 +775,8 @@ def save_before_after(run, last):
     if all(path.exists() for path in paths):
         grids = [Image.open(path) for path in paths]
         lines = [grid.crop((0, 0, grid.width, grid.height // 2)) for grid in grids]
-        make_image_grid(lines, rows=2, cols=1).save(run / "before_after.png")
+        with writing_to(run):
+            make_image_grid(lines, rows=2, cols=1).save(run / "before_after.png")
 
 
 def init_tracking(run, args):
@@ -760,6 +788,7 @@ def init_tracking(run, args):
         wandb.init(**options, resume="allow")
     except Exception as error:  # not logged in, no network, a service that is down
         print(f"wandb: {error}; logging offline, for `wandb sync`")
+        wandb.teardown()  # the run that failed would still hold its id
         wandb.init(**options, mode="offline")
     return wandb
 
@@ -774,7 +803,8 @@ def stop_signals():
         received.append(time.time())
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, receive)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so do we
+            signal.signal(number, receive)
     return received
 
 
@@ -863,11 +893,7 @@ def main(args):
         sample_time = time.time()
 
         # reward
-        try:
-            rewards, reward_parts = score(images, batch_prompts)
-        except RewardError:
-            print(f"to go on once the reward works: {resume_command(run)}", file=sys.stderr)
-            raise
+        rewards, reward_parts = score_pictures(score, images, batch_prompts, run)
         rewards = np.stack(gather(rewards), axis=1).flatten()  # in the order of all_prompts
         reward_time = time.time()
 
@@ -967,6 +993,8 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except FloatingPointError as error:
-        fail(f"{error}: lower --lr or use --precision fp32. The last good checkpoint is kept")
+        fail(
+            f"{error}. Use --precision fp32 or a lower --lr; a checkpoint keeps the last good ones"
+        )
     except torch.OutOfMemoryError:
         fail("out of GPU memory: use a smaller --micro-batch, or --gradient-checkpointing")
