@@ -1,20 +1,22 @@
 """
-Trains the embedded text-to-image model `models/emoji/` from nothing, in one and a half to two hours on two CPU cores.
+Trains the embedded text-to-image model `models/emoji/` from nothing, on two CPU cores.
 
     python pretrain.py                      # everything; interrupt it, run it again, it goes on
-    python pretrain.py --stage samples      # only draw models/emoji/samples.png again
+    python pretrain.py --stop-after vae     # only the first two stages
 
-The stages, each resumable and skipped once it is done:
+The training is resumable at any time, and a model that is trained is not trained again:
 
-    data     fetch six open emoji sets (npm), rasterise the SVG drawings, compose 64 x 64 pictures with captions
+    data     fetch six open emoji sets (npm), rasterise the drawings, compose 64 x 64 pictures
     vae      AutoencoderTiny, f = 8, 12 latent channels: (3, 64, 64) <-> (12, 8, 8)
-    unet     UNet2DConditionModel and CLIPTextModel together, min-SNR weighted noise prediction
-    decoder  the VAE's decoder alone, longer and on animals only: sharper pictures from the same latents
-    clip     a tiny open_clip model on animals and all other emoji, first with one emoji set held out, then on all
-    export   float16 safetensors as a diffusers StableDiffusionPipeline folder
-    samples  46 prompts x 4 seeds, their CLIP ranks, the model card
+    unet     UNet2DConditionModel and CLIPTextModel together: noise prediction, min-SNR weights
+    decoder  the VAE's decoder alone, on animals only: sharper pictures from the same latents
+    clip     a tiny open_clip model, first with one emoji set held out, then on all six
+    export   a StableDiffusionPipeline folder in float16, samples.png (46 prompts x 4 seeds) and
+             the model card, which pretrain_card.md is the template of
 
-It needs `npm` on the PATH and two packages that the five scripts do not: `pip install resvg_py tokenizers`.
+Needs `npm` on the PATH and `pip install resvg_py`. The emoji sets have fixed versions
+and every random number follows from --seed, so a second run on the same machine with the same
+number of threads writes the same weights, byte for byte.
 """
 
 import json
@@ -25,10 +27,17 @@ import re
 import subprocess
 import tarfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Literal
 
+# OpenMP's threads spin while they wait, which stalls a run beside any other busy process.
+# A short spin costs nothing when the run is alone. It must be set before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -39,283 +48,531 @@ from tqdm import tqdm
 
 # name -> the icons that show it; the names are DDPO's 45 animals and "elephant"
 DRAWINGS = {
-    "cat": "cat cat-face black-cat", "dog": "dog dog-face service-dog poodle", "horse": "horse horse-face",
-    "monkey": "monkey monkey-face", "rabbit": "rabbit rabbit-face", "zebra": "zebra", "spider": "spider",
-    "bird": "bird black-bird dove", "sheep": "ewe ram sheep", "deer": "deer", "cow": "cow cow-face ox", "goat": "goat",
-    "lion": "lion", "tiger": "tiger tiger-face", "bear": "bear polar-bear", "raccoon": "raccoon", "fox": "fox",
-    "wolf": "wolf", "lizard": "lizard", "beetle": "beetle lady-beetle", "ant": "ant", "butterfly": "butterfly",
-    "fish": "fish tropical-fish blowfish", "shark": "shark", "whale": "whale spouting-whale", "dolphin": "dolphin",
-    "squirrel": "chipmunk", "mouse": "mouse mouse-face", "rat": "rat", "snake": "snake", "turtle": "turtle",
-    "frog": "frog", "chicken": "chicken rooster", "duck": "duck", "goose": "goose", "bee": "honeybee",
-    "pig": "pig pig-face", "turkey": "turkey", "fly": "fly", "llama": "llama", "camel": "camel two-hump-camel",
-    "bat": "bat", "gorilla": "gorilla", "hedgehog": "hedgehog", "kangaroo": "kangaroo", "elephant": "elephant",
-}  # fmt: skip
+    "cat": "cat cat-face",
+    "dog": "dog dog-face",
+    "horse": "horse horse-face",
+    "monkey": "monkey monkey-face",
+    "rabbit": "rabbit rabbit-face",
+    "zebra": "zebra",
+    "spider": "spider",
+    "bird": "bird black-bird",
+    "sheep": "ewe sheep",
+    "deer": "deer",
+    "cow": "cow cow-face",
+    "goat": "goat",
+    "lion": "lion",
+    "tiger": "tiger tiger-face",
+    "bear": "bear polar-bear",
+    "raccoon": "raccoon",
+    "fox": "fox",
+    "wolf": "wolf",
+    "lizard": "lizard",
+    "beetle": "beetle lady-beetle",
+    "ant": "ant",
+    "butterfly": "butterfly",
+    "fish": "fish tropical-fish",
+    "shark": "shark",
+    "whale": "whale spouting-whale",
+    "dolphin": "dolphin",
+    "squirrel": "chipmunk",
+    "mouse": "mouse-face",
+    "rat": "rat",
+    "snake": "snake",
+    "turtle": "turtle",
+    "frog": "frog",
+    "chicken": "chicken rooster",
+    "duck": "duck",
+    "goose": "goose",
+    "bee": "honeybee",
+    "pig": "pig pig-face",
+    "turkey": "turkey",
+    "fly": "fly",
+    "llama": "llama",
+    "camel": "camel two-hump-camel",
+    "bat": "bat",
+    "gorilla": "gorilla",
+    "hedgehog": "hedgehog",
+    "kangaroo": "kangaroo",
+    "elephant": "elephant",
+}
 NAMES = list(DRAWINGS)
-EMOJI_SETS = {  # npm package @iconify-json/<key>: licence of its drawings
-    "noto": "Apache-2.0", "noto-v1": "Apache-2.0", "fluent-emoji": "MIT", "fluent-emoji-flat": "MIT",
-    "fxemoji": "Apache-2.0", "twemoji": "CC BY 4.0",
-}  # fmt: skip
+
+# Other looks of the same animals, used nowhere: each would make a name mean two things.
+# A mouse is shown by its face, because from the side it is drawn like a rat.
+LEFT_OUT = ["service-dog", "poodle", "black-cat", "dove", "ox", "ram", "blowfish", "mouse"]
+
+# npm package @iconify-json/<key> -> its version and the licence of its drawings
+EMOJI_SETS = {
+    "noto": ("1.2.9", "Apache-2.0"),
+    "noto-v1": ("1.2.5", "Apache-2.0"),
+    "fluent-emoji": ("1.2.7", "MIT"),
+    "fluent-emoji-flat": ("1.2.6", "MIT"),
+    "fxemoji": ("1.2.2", "Apache-2.0"),
+    "twemoji": ("1.2.5", "CC BY 4.0"),
+}
+
+# background colours, with the words that captions use for them
 COLORS = {
-    "white": (250, 250, 250), "red": (225, 90, 80), "orange": (240, 165, 85), "yellow": (245, 220, 110),
-    "green": (130, 190, 115), "blue": (110, 165, 225), "purple": (165, 130, 205), "pink": (240, 170, 190),
-    "grey": (165, 170, 175), "dark": (60, 65, 85),
-}  # fmt: skip
+    "white": (250, 250, 250),
+    "red": (235, 140, 130),
+    "orange": (245, 190, 125),
+    "yellow": (250, 230, 150),
+    "green": (160, 210, 150),
+    "blue": (150, 195, 240),
+    "purple": (190, 165, 225),
+    "pink": (245, 195, 210),
+    "grey": (190, 194, 198),
+    "dark": (70, 75, 95),
+}
+
 
 @dataclass
 class Args:
-    stage: str = "all"
-    """all, or one of data, vae, unet, decoder, clip, export, samples"""
+    stop_after: Literal["data", "vae", "unet", "decoder", "clip", "export"] = "export"
+    """the last stage to run"""
     work: str = "runs/pretrain"
-    """folder for downloads, pictures and checkpoints (2 GB)"""
+    """folder for downloads, pictures and checkpoints (1.5 GB); remove it to start from nothing"""
     out: str = "models/emoji"
     """folder of the finished model"""
     seed: int = 0
     """seed of the pictures, the initial weights and the batches"""
     pictures: int = 40_000
-    """number of composed animal pictures; a quarter as many of other emoji are added for the VAE"""
-    vae_steps: int = 3_000
-    """optimiser steps of the VAE, batch 16 (0.25 s each on 2 cores)"""
-    unet_steps: int = 15_000
-    """optimiser steps of UNet and text encoder, batch 64 (0.2 s each on 2 cores)"""
-    decoder_steps: int = 2_000
-    """optimiser steps of the decoder alone, batch 16 (0.2 s each on 2 cores)"""
+    """number of composed animal pictures; the VAE sees a quarter as many of other emoji too"""
+    vae_steps: int = 7_000
+    """optimiser steps of the VAE, batch 16"""
+    unet_steps: int = 24_000
+    """optimiser steps of UNet and text encoder, batch 64"""
+    decoder_steps: int = 4_000
+    """optimiser steps of the decoder alone, batch 16"""
     clip_steps: int = 5_000
-    """optimiser steps of each of the two CLIPs (0.45 s each on one core)"""
+    """optimiser steps of each of the two CLIPs, batch 96"""
     held_out: str = "twemoji"
-    """emoji set kept from the training of the CLIP whose held-out accuracy is reported"""
+    """emoji set that the first CLIP does not see, so that its accuracy on new drawings is known"""
+    sample_steps: int = 50
+    """denoising steps of the pictures in samples.png"""
 
-# ---- data ----
+
+# ---------------------------------------------------------------------------------------------
+# data
+# ---------------------------------------------------------------------------------------------
+
+
+def read_icons(work, emoji_set):
+    """Downloads an emoji set unless it is there. Returns icons.json of the npm package."""
+    version, _ = EMOJI_SETS[emoji_set]
+    path = work / f"iconify-json-{emoji_set}-{version}.tgz"
+    if not path.exists():
+        package = f"@iconify-json/{emoji_set}@{version}"
+        subprocess.run(["npm", "pack", "--silent", package], cwd=work, check=True)
+
+    with tarfile.open(path) as tar:
+        return json.load(tar.extractfile("package/icons.json"))
+
+
+def rasterise(body, width, height):
+    """The inside of an SVG drawing, `width` x `height` units -> RGBA picture, 256 pixels."""
+    import resvg_py
+
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="0 0 {width} {height}">{body}</svg>'
+    )
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=256, height=256)
+    return Image.open(BytesIO(bytes(png))).convert("RGBA")
+
+
+def center(drawing, size, margin):
+    """Crops a drawing to what is visible and centres that in a square of `size` pixels."""
+    drawing = drawing.crop(drawing.getbbox())
+    scale = (size - 2 * margin) / max(drawing.size)
+    width = max(1, round(drawing.width * scale))
+    height = max(1, round(drawing.height * scale))
+    drawing = drawing.resize((width, height), Image.Resampling.LANCZOS)
+
+    square = Image.new("RGBA", (size, size))
+    square.paste(drawing, ((size - width) // 2, (size - height) // 2))
+    return np.asarray(square)
+
 
 def fetch_drawings(work):
-    """Download and rasterise the six sets. Saves drawings.npz: rgba (N, 128, 128, 4) and small (N, 64, 64, 4) uint8,
-    names (N,) with "" for emoji other than the animals, icons (N,), their names in the set, and sets (N,)."""
-    import resvg_py  # only pretraining needs it
+    """Downloads and rasterises the six sets into drawings.npz.
 
-    pictures, icons, sets = {128: [], 64: []}, [], []
-    label = {icon: name for name, few in DRAWINGS.items() for icon in few.split()}
+    Its arrays: rgba (N, 128, 128, 4) and small (N, 64, 64, 4), uint8; names (N,), "" for emoji
+    other than the animals; icons (N,), their names in the set; sets (N,).
+    """
+    label_of = {}
+    for name, icons in DRAWINGS.items():
+        for icon in icons.split():
+            label_of[icon] = name
+
+    # skin tones, families and flags would be hundreds of near copies
+    skipped = re.compile(r".*skin-tone|.*-(dark|light|medium)$|flag-")
+
+    arrays = {"rgba": [], "small": [], "names": [], "icons": [], "sets": []}
     for emoji_set in EMOJI_SETS:
-        package = f"@iconify-json/{emoji_set}"
-        found = list(work.glob(f"iconify-json-{emoji_set}-[0-9]*.tgz"))
-        if not found:
-            subprocess.run(["npm", "pack", "--silent", package], cwd=work, check=True)
-            found = list(work.glob(f"iconify-json-{emoji_set}-[0-9]*.tgz"))
-        with tarfile.open(found[0]) as tar:
-            data = json.load(tar.extractfile("package/icons.json"))
-        # without skin tones, families and flags, which would be hundreds of near copies
-        skip = re.compile(r".*skin-tone|.*-(dark|light|medium)$|flag-")
-        kept = {k: icon for k, icon in data["icons"].items() if k in label or not skip.match(k)}
-        for name, icon in tqdm(kept.items(), desc=f"rasterise {emoji_set}"):
-            width, height = (icon.get(side, data.get(side, 16)) for side in ("width", "height"))
-            svg = (
-                '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-                f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
-            )
-            for size in pictures:
-                png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size)
-                picture, square = Image.open(BytesIO(bytes(png))).convert("RGBA"), Image.new("RGBA", (size, size))
-                square.paste(picture, ((size - picture.width) // 2, (size - picture.height) // 2))
-                pictures[size].append(np.asarray(square))
-            icons.append(name)
-            sets.append(emoji_set)
-    names = np.array([label.get(icon, "") for icon in icons])
-    arrays = {"rgba": np.stack(pictures[128]), "small": np.stack(pictures[64]), "names": names}
-    np.savez(work / "drawings.npz", icons=np.array(icons), sets=np.array(sets), **arrays)
+        data = read_icons(work, emoji_set)
+        for icon, entry in tqdm(data["icons"].items(), desc=f"rasterise {emoji_set}"):
+            if icon in LEFT_OUT or (skipped.match(icon) and icon not in label_of):
+                continue
+            width = entry.get("width", data.get("width", 16))
+            height = entry.get("height", data.get("height", 16))
+            drawing = rasterise(entry["body"], width, height)
+            if drawing.getbbox() is None:  # nothing is visible
+                continue
+            arrays["rgba"].append(center(drawing, size=128, margin=0))
+            arrays["small"].append(center(drawing, size=64, margin=3))
+            arrays["names"].append(label_of.get(icon, ""))
+            arrays["icons"].append(icon)
+            arrays["sets"].append(emoji_set)
 
-def background(rng):
-    """A 64 x 64 RGB picture, 74 % plain, 20 % gradient, 6 % patterned, and the word a caption may use for it."""
-    word = rng.choice(list(COLORS))
-    color = tuple(int(c) for c in np.clip(np.array(COLORS[word]) + rng.normal(0, 8, 3), 0, 255))
-    other = tuple(int(c) for c in np.clip(np.array(color) + rng.choice([-1, 1]) * rng.uniform(20, 45), 0, 255))
-    kind = rng.choice(["plain", "gradient", "striped", "checkered", "dotted"], p=[0.74, 0.2, 0.02, 0.02, 0.02])
-    if kind == "plain":
-        return Image.new("RGB", (64, 64), color), f"{word}"
-    if kind == "gradient":
+    np.savez(work / "drawings.npz", **{key: np.array(values) for key, values in arrays.items()})
+
+
+def choose_color(drawing, rng):
+    """The name of a background colour that the drawing stands out from."""
+    alpha = drawing[..., 3:] / 255
+    mean = (drawing[..., :3] * alpha).sum((0, 1)) / alpha.sum()
+    names = [name for name, color in COLORS.items() if np.linalg.norm(mean - color) > 80]
+    return str(rng.choice(names))
+
+
+def draw_background(color_name, rng):
+    """A 64 x 64 RGB picture: plain, or (one in six) a gradient."""
+    color = (np.array(COLORS[color_name]) + rng.normal(0, 6, 3)).clip(0, 255)
+    picture = np.broadcast_to(color, (64, 64, 3))
+
+    if rng.random() < 1 / 6:
+        other = (color + rng.choice([-1, 1]) * rng.uniform(20, 45)).clip(0, 255)
         angle = rng.uniform(0, 2 * math.pi)
         y, x = np.mgrid[-1:1:64j, -1:1:64j]
-        mix = (0.5 + 0.35 * (x * math.cos(angle) + y * math.sin(angle)))[..., None].clip(0, 1)
-        return Image.fromarray((mix * color + (1 - mix) * other).astype(np.uint8)), f"{word} gradient"
-    picture = Image.new("RGB", (64, 64), color)
-    draw = ImageDraw.Draw(picture)
-    step = int(rng.choice([8, 16]))
-    for i in range(0, 64, step):
-        if kind == "striped":
-            draw.rectangle([i, 0, i + step // 2 - 1, 63], fill=other)
-        for j in range(0, 64, step):
-            if kind == "checkered":
-                draw.rectangle([i, j, i + step // 2 - 1, j + step // 2 - 1], fill=other)
-                draw.rectangle([i + step // 2, j + step // 2, i + step - 1, j + step - 1], fill=other)
-            if kind == "dotted":
-                draw.ellipse([i + step // 4, j + step // 4, i + step * 3 // 4, j + step * 3 // 4], fill=other)
-    return (picture.rotate(90) if rng.random() < 0.5 else picture), f"{kind} {word}"
+        mix = (0.5 + 0.35 * (x * math.cos(angle) + y * math.sin(angle))).clip(0, 1)
+        picture = mix[..., None] * color + (1 - mix[..., None]) * other
+
+    return Image.fromarray(picture.round().astype(np.uint8))
+
 
 def compose(drawing, name, rng):
-    """Put one RGBA drawing on a background, a little flipped, scaled, turned, shifted. Returns (picture, caption)."""
-    picture, word = background(rng)
+    """Puts a drawing on a background, a little scaled, turned and shifted.
+
+    drawing: uint8 (128, 128, 4). Returns (picture, caption): uint8 (64, 64, 3) and a string.
+    """
+    color_name = choose_color(drawing, rng)
+    picture = draw_background(color_name, rng)
+
     drawing = Image.fromarray(drawing)
     if rng.random() < 0.5:
         drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    size, angle = int(rng.integers(54, 61)), rng.normal(0, 2.5)
-    drawing = drawing.resize((size, size), Image.Resampling.LANCZOS).rotate(angle, Image.Resampling.BICUBIC)
-    x, y = np.clip(np.round((64 - size) / 2 + rng.normal(0, 1, 2)), -2, 66 - size).astype(int)
+    size = int(rng.integers(54, 60))
+    drawing = drawing.resize((size, size), Image.Resampling.LANCZOS)
+    drawing = drawing.rotate(rng.normal(0, 1.5), Image.Resampling.BICUBIC)
+    x, y = np.round((64 - size) / 2 + rng.normal(0, 0.7, 2)).astype(int)
     picture.paste(drawing, (int(x), int(y)), drawing)
-    article = "an" if name[:1] in "aeiou" else "a"
-    caption = rng.choice([name, f"{article} {name}", f"{name} on a {word} background"], p=[0.6, 0.15, 0.25])
-    return np.asarray(picture), caption
 
-def compose_chunk(job):
-    """A share: (drawings, names, seed) -> (pictures uint8 (N, 64, 64, 3), captions)."""
-    rgba, names, seed = job
-    rng = np.random.default_rng(seed)
-    pairs = [compose(drawing, name, rng) for drawing, name in zip(rgba, names)]
-    return np.stack([picture for picture, _ in pairs]), [str(caption) for _, caption in pairs]
+    article = "an" if name[:1] in "aeiou" else "a"
+    captions = [name, f"{article} {name}", f"{name} on a {color_name} background"]
+    caption = rng.choice(captions, p=[0.75, 0.1, 0.15])
+    return np.asarray(picture), str(caption)
+
 
 def compose_pictures(work, name, candidates, count, seed):
-    """Compose `count` pictures of the drawings `candidates`, every animal equally often, into NAME.npy + NAME.json."""
+    """Composes `count` pictures into NAME.npy, with their captions in NAME.json.
+
+    candidates: indices of the drawings. Every animal is shown equally often.
+    """
     data = np.load(work / "drawings.npz")
-    rgba, names = data["rgba"], data["names"]
+    rgba = data["rgba"]
+    names = data["names"]
+
     rng = np.random.default_rng(seed)
     groups = [candidates[names[candidates] == n] for n in sorted(set(names[candidates]))]
     choices = np.array([rng.choice(groups[i % len(groups)]) for i in range(count)])
     rng.shuffle(choices)
-    jobs = ((rgba[part], names[part], (seed, k)) for k, part in enumerate(np.array_split(choices, 64)))
-    parts = [compose_chunk(job) for job in tqdm(jobs, total=64, desc=f"compose {name}")]
-    np.save(work / f"{name}.npy", np.concatenate([pictures for pictures, _ in parts]))
-    captions = [caption for _, part in parts for caption in part]
-    (work / f"{name}.json").write_text(json.dumps({"captions": captions, "drawings": choices.tolist()}))
+
+    pictures = []
+    captions = []
+    for i in tqdm(choices, desc=f"compose {name}"):
+        picture, caption = compose(rgba[i], names[i], rng)
+        pictures.append(picture)
+        captions.append(caption)
+
+    np.save(work / f"{name}.npy", np.stack(pictures))
+    text = json.dumps({"captions": captions, "drawings": choices.tolist()})
+    (work / f"{name}.json").write_text(text)
+
 
 def make_data(work, args):
+    """Everything the models learn from: drawings.npz, animals.npy and others.npy."""
     if not (work / "drawings.npz").exists():
         fetch_drawings(work)
+
     names = np.load(work / "drawings.npz")["names"]
+    animals = np.flatnonzero(names != "")
+    others = np.flatnonzero(names == "")
     if not (work / "animals.json").exists():
-        compose_pictures(work, "animals", np.flatnonzero(names != ""), args.pictures, args.seed)
+        compose_pictures(work, "animals", animals, args.pictures, args.seed)
     if not (work / "others.json").exists():
-        compose_pictures(work, "others", np.flatnonzero(names == ""), args.pictures // 4, args.seed + 1)
+        compose_pictures(work, "others", others, args.pictures // 4, args.seed + 1)
 
-# ---- training, shared by the three models ----
 
-def fit(name, work, params, steps, lr, batch_size, count, loss_fn, seed, weight_decay=1e-2, ema_decay=0.999):
-    """AdamW with warm-up and cosine decay on the dict of parameters `params`; leaves their moving average in place.
+def to_tensor(pictures):
+    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [-1, 1], channels last in memory"""
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
-    Batches and noise depend on (seed, step) alone and all state is in WORK/NAME.safetensors, so that an interrupted
-    run goes on as if it had not been. loss_fn(indices, generator) -> scalar."""
-    path = work / f"{name}.safetensors"
+
+# ---------------------------------------------------------------------------------------------
+# training, shared by all models
+# ---------------------------------------------------------------------------------------------
+
+
+def fit(name, work, params, steps, lr, compute_loss, seed, weight_decay=1e-2, ema_decay=0.999):
+    """AdamW with warm-up and cosine decay; leaves the moving average of the weights in place.
+
+    params: dict of parameters. compute_loss(generator) -> scalar; all its randomness must come
+    from the generator, which depends on (seed, step) alone. The state is saved every 250 steps
+    in WORK/NAME.pt, and a run that was interrupted goes on as if it had not been.
+
+    Returns the seconds of training, those before an interruption included.
+    """
+    path = work / f"{name}.pt"
     values = list(params.values())
-    ema = [p.detach().clone() for p in values]
+    ema = [value.detach().clone() for value in values]
     optimizer = torch.optim.AdamW(values, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
-    first, spent, start = 0, 0.0, time.time()
+
+    first_step = 0
+    seconds = 0.0
     if path.exists():
-        state = load_file(path)
-        first, spent = int(state["step"]), float(state["seconds"])
-        for i, key in enumerate(params):
-            values[i].data.copy_(state[f"param.{key}"])
-            ema[i].copy_(state[f"ema.{key}"])
-            moments = {k: state[f"{k}.{key}"] for k in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[values[i]] = {"step": torch.tensor(float(first)), **moments}
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=5)
-    average = None
+        state = torch.load(path, weights_only=True)
+        first_step = state["step"]
+        seconds = state["seconds"]
+        optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for key, value, average in zip(params, values, ema):
+                value.copy_(state["params"][key])
+                average.copy_(state["ema"][key])
+
+    start = time.time()
+    mean_loss = None
+    bar = tqdm(range(first_step, steps), initial=first_step, total=steps, desc=name, mininterval=5)
     for step in bar:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        # linear warm-up, then half a cosine down to 2 %
+        warmup = min(1, (step + 1) / 200)
         progress = max(0, step - 200) / max(1, steps - 200)
-        rate = lr * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        optimizer.param_groups[0]["lr"] = rate
-        loss = loss_fn(torch.randint(0, count, (batch_size,), generator=generator), generator)
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        optimizer.param_groups[0]["lr"] = lr * warmup * (0.02 + 0.98 * cosine)
+
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        loss = compute_loss(generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(values, 1.0)
+        torch.nn.utils.clip_grad_norm_(values, 1.0, error_if_nonfinite=True)
         optimizer.step()
-        decay = min(ema_decay, (step + 1) / (step + 10))
-        torch._foreach_lerp_(ema, [p.detach() for p in values], 1 - decay)
-        average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
-        bar.set_postfix(loss=f"{average:.4f}", lr=f"{rate:.1e}", refresh=False)
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            state = {"step": torch.tensor(step + 1), "seconds": torch.tensor(spent + time.time() - start)}
-            for i, key in enumerate(params):
-                state |= {f"param.{key}": values[i].data, f"ema.{key}": ema[i]}
-                state |= {f"{k}.{key}": optimizer.state[values[i]][k] for k in ("exp_avg", "exp_avg_sq")}
-            save_file({k: v.contiguous() for k, v in state.items()}, path.with_suffix(".tmp"))
-            os.replace(path.with_suffix(".tmp"), path)
-    for p, average in zip(values, ema):
-        p.data.copy_(average)
-    return float(load_file(path)["seconds"])
 
-# ---- VAE ----
+        # an average of the last thousand weights, of fewer at the beginning
+        decay = min(ema_decay, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(ema, values, 1 - decay)
+
+        if mean_loss is None:
+            mean_loss = loss.item()
+        mean_loss = 0.99 * mean_loss + 0.01 * loss.item()
+        bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            state = {
+                "step": step + 1,
+                "seconds": seconds + time.time() - start,
+                "params": {key: value.detach() for key, value in params.items()},
+                "ema": dict(zip(params, ema)),
+                "optimizer": optimizer.state_dict(),
+            }
+            # a whole checkpoint is always there: write beside it, then rename
+            torch.save(state, path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+
+    with torch.no_grad():
+        for value, average in zip(values, ema):
+            value.copy_(average)
+    return torch.load(path, weights_only=True)["seconds"]
+
+
+# ---------------------------------------------------------------------------------------------
+# VAE
+# ---------------------------------------------------------------------------------------------
+
 
 def make_vae():
+    """1.2 M parameters. The decoder is the wider half: RL decodes once per picture."""
     from diffusers import AutoencoderTiny
 
-    return AutoencoderTiny(
+    vae = AutoencoderTiny(
         encoder_block_out_channels=(48, 48, 48, 48),
-        decoder_block_out_channels=(48, 48, 48, 48),
+        decoder_block_out_channels=(64, 64, 64, 64),
         num_encoder_blocks=(0, 1, 2, 3),
         num_decoder_blocks=(3, 2, 1, 0),
         latent_channels=12,
         act_fn="silu",
     )
+    return vae.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
 
-def to_tensor(pictures):
-    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [-1, 1]"""
-    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+def reconstruction_loss(decoded, pictures):
+    """L1 for sharpness, MSE for PSNR, and L1 of the differences of neighbours for edges."""
+    error = decoded - pictures
+    across = (error[..., 1:] - error[..., :-1]).abs().mean()
+    down = (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+    return error.abs().mean() + 4 * (error**2).mean() + 0.5 * (across + down)
+
 
 def train_vae(work, args):
-    """L1 + MSE + edges; noise on the latents and a price on their power make them smooth and of unit scale."""
+    """Noise on the latents makes them smooth; a penalty keeps each channel near N(0, 1)."""
     torch.manual_seed(args.seed)
     vae = make_vae()
-    animals, others = (np.load(work / f"{n}.npy", mmap_mode="r") for n in ("animals", "others"))
+    animals = np.load(work / "animals.npy", mmap_mode="r")
+    others = np.load(work / "others.npy", mmap_mode="r")
+    num_pictures = len(animals) + len(others)
 
-    def loss_fn(indices, generator):
-        n = len(animals)
-        x = to_tensor(np.stack([animals[i] if i < n else others[i - n] for i in indices.tolist()]))
+    def compute_loss(generator):
+        pictures = []
+        for i in torch.randint(0, num_pictures, (16,), generator=generator).tolist():
+            pictures.append(animals[i] if i < len(animals) else others[i - len(animals)])
+        x = to_tensor(pictures)
+        noise = torch.randn(len(x), 12, 8, 8, generator=generator)
         z = vae.encoder(x)
-        y = vae.decoder(z + 0.05 * torch.randn(z.shape, generator=generator))
-        d = y - x
-        edges = (d[..., 1:] - d[..., :-1]).abs().mean() + (d[..., 1:, :] - d[..., :-1, :]).abs().mean()
-        power = (z.mean((0, 2, 3)) ** 2).mean() + (z.var((0, 2, 3)).log() ** 2).mean()
-        return d.abs().mean() + (d**2).mean() + 0.25 * edges + 0.01 * power
+        y = vae.decoder(z + 0.05 * noise)
+        mean = z.mean((0, 2, 3))
+        var = z.var((0, 2, 3))
+        return reconstruction_loss(y, x) + 0.01 * ((mean**2).mean() + (var.log() ** 2).mean())
 
     params = dict(vae.named_parameters())
-    seconds = fit("vae", work, params, args.vae_steps, 2e-3, 16, len(animals) + len(others), loss_fn, args.seed)
+    seconds = fit("vae", work, params, args.vae_steps, 2e-3, compute_loss, args.seed)
     return vae.eval(), seconds
 
-# ---- tokenizer, text encoder, UNet ----
+
+@torch.no_grad()
+def encode_pictures(work, vae):
+    """Encodes every animal picture, once. Returns latents of unit scale and the scaling factor.
+
+    latents: float (N, 12, 8, 8)
+    """
+    path = work / "latents.safetensors"
+    if not path.exists():
+        pictures = np.load(work / "animals.npy", mmap_mode="r")
+        chunks = []
+        for i in tqdm(range(0, len(pictures), 200), desc="encode"):
+            chunks.append(vae.encoder(to_tensor(pictures[i : i + 200])))
+        latents = torch.cat(chunks).contiguous()
+        scaling_factor = 1 / latents.std()
+        save_file({"latents": latents.half(), "scaling_factor": scaling_factor}, path)
+
+    state = load_file(path)
+    scaling_factor = float(state["scaling_factor"])
+    return state["latents"].float() * scaling_factor, scaling_factor
+
+
+def refine_decoder(work, args, vae, latents, scaling_factor):
+    """Trains the decoder alone, on the animals. The latents stay as the UNet learns them.
+
+    The noise is what the UNet's errors look like to the decoder.
+    """
+    animals = np.load(work / "animals.npy", mmap_mode="r")
+
+    def compute_loss(generator):
+        indices = torch.randint(0, len(latents), (16,), generator=generator)
+        x = to_tensor(animals[indices.numpy()])
+        z = latents[indices] / scaling_factor
+        noise = torch.randn(z.shape, generator=generator)
+        return reconstruction_loss(vae.decoder(z + 0.1 * noise), x)
+
+    params = dict(vae.decoder.named_parameters())
+    return fit("decoder", work, params, args.decoder_steps, 1e-3, compute_loss, args.seed)
+
+
+@torch.no_grad()
+def measure_psnr(work, vae):
+    """Mean PSNR of 400 reconstructed training pictures, in dB."""
+    pictures = to_tensor(np.load(work / "animals.npy", mmap_mode="r")[:400])
+    decoded = vae.decoder(vae.encoder(pictures)).clamp(-1, 1)
+    mse = ((decoded - pictures) / 2).square().mean((1, 2, 3))
+    return float(-10 * mse.log10().mean())
+
+
+# ---------------------------------------------------------------------------------------------
+# tokenizer, text encoder, UNet
+# ---------------------------------------------------------------------------------------------
+
+
+def merge_pair(word, pair):
+    """("e", "l", "k") and the pair ("e", "l") -> ("el", "k")"""
+    merged = []
+    for symbol in word:
+        if merged and (merged[-1], symbol) == pair:
+            merged[-1] += symbol
+        else:
+            merged.append(symbol)
+    return tuple(merged)
+
 
 def train_tokenizer(captions):
-    """A byte-pair vocabulary in CLIP's order: bytes, bytes that end a word, merges, start, end."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    """A byte-pair vocabulary that merges until every word of the captions is one token.
+
+    Not with `tokenizers`' trainer, whose merges differ from run to run where pairs are equally
+    frequent.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = sorted({word for caption in captions for word in caption.split()})
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    bpe.train_from_iterator(words, trainer)
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    tokens = alphabet + [b + "</w>" for b in alphabet] + ["".join(pair) for pair in merges]
+    words = set(" ".join(captions).split())
+    words = [(*word[:-1], word[-1] + "</w>") for word in sorted(words)]
+    merges = []
+    while True:
+        counts = Counter()
+        for word in words:
+            counts.update(zip(word, word[1:]))
+        if not counts:
+            break
+        # the most frequent pair, of several the last in the alphabet
+        pair = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(pair)
+        words = [merge_pair(word, pair) for word in words]
+
+    # CLIP's order: bytes, bytes that end a word, merges, start, end
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = alphabet + [byte + "</w>" for byte in alphabet]
+    tokens += [first + second for first, second in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(tokens)}
-    assert len(vocab) == len(tokens)
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=16)
 
+
 def save_tokenizer(tokenizer, folder):
-    """transformers 5 writes tokenizer.json alone; vocab.json and merges.txt are what transformers 4 reads."""
+    """transformers 5 writes tokenizer.json; vocab.json and merges.txt are for transformers 4."""
     tokenizer.save_pretrained(folder)
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in model["merges"]) + "\n")
+    lines = ["#version: 0.2"] + [" ".join(pair) for pair in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+
 
 def make_text_encoder(tokenizer):
+    """0.5 M parameters"""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    ends = dict(bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1, pad_token_id=len(tokenizer) - 1)
-    size = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
-    return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **size, **ends))
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        bos_token_id=len(tokenizer) - 2,
+        eos_token_id=len(tokenizer) - 1,
+        pad_token_id=len(tokenizer) - 1,
+    )
+    return CLIPTextModel(config)
+
 
 def make_unet():
-    """2.9 M parameters; attention only in the middle, at 4 x 4: on 2 cores each level of it costs a fifth of a step."""
+    """2.9 M parameters. Attention only at 4 x 4: each level of it costs a fifth of a step."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -330,6 +587,7 @@ def make_unet():
         attention_head_dim=4,
         cross_attention_dim=128,
     )
+
 
 def make_scheduler():
     """Stable Diffusion's schedule"""
@@ -346,338 +604,481 @@ def make_scheduler():
         steps_offset=1,
     )
 
-@torch.no_grad()
-def encode_pictures(work, vae):
-    """Latents of every composed animal picture, once: (N, 12, 8, 8) float16. Returns (latents, scaling factor)."""
-    path = work / "latents.safetensors"
-    if not path.exists():
-        pictures = np.load(work / "animals.npy", mmap_mode="r")
-        chunks = tqdm(range(0, len(pictures), 200), desc="encode")
-        latents = torch.cat([vae.encoder(to_tensor(pictures[i : i + 200])).half() for i in chunks])
-        save_file({"latents": latents.contiguous(), "scaling_factor": 1 / latents.float().std()}, path)
-    state = load_file(path)
-    return state["latents"], float(state["scaling_factor"])
 
-def train_unet(work, args, vae):
-    """Noise prediction with min-SNR-5 weights (Hang et al. 2023); a tenth of the captions is empty, for guidance."""
-    latents, scaling_factor = encode_pictures(work, vae)
-    latents = latents.float() * scaling_factor
-    captions = json.loads((work / "animals.json").read_text())["captions"]
-    tokenizer = train_tokenizer(captions)
+def train_unet(work, args, latents, captions, tokenizer):
+    """Noise prediction with min-SNR-5 weights (Hang et al. 2023).
+
+    A tenth of the captions is empty, for classifier-free guidance.
+    """
+    # the token ids of every distinct caption, the empty one first
     distinct = ["", *sorted(set(captions))]
     ids = tokenizer(distinct, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    lookup = {caption: i for i, caption in enumerate(distinct)}
-    caption_index = torch.tensor([lookup[caption] for caption in captions])
+    position = {caption: i for i, caption in enumerate(distinct)}
+    caption_index = torch.tensor([position[caption] for caption in captions])
+
     torch.manual_seed(args.seed)
-    unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
-    alphas_cumprod = make_scheduler().alphas_cumprod
-    snr = alphas_cumprod / (1 - alphas_cumprod)
+    unet = make_unet()
+    text_encoder = make_text_encoder(tokenizer)
+    scheduler = make_scheduler()
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    min_snr_weight = snr.clamp(max=5) / snr
 
-    def loss_fn(indices, generator):
-        n = len(indices)
-        x, caption = latents[indices], caption_index[indices]
-        caption = torch.where(torch.rand(n, generator=generator) < 0.1, 0, caption)
-        t = torch.randint(0, 1000, (n,), generator=generator)
+    def compute_loss(generator):
+        indices = torch.randint(0, len(latents), (64,), generator=generator)
+        x = latents[indices]
+        empty = torch.rand(64, generator=generator) < 0.1
+        caption = torch.where(empty, 0, caption_index[indices])
+        t = torch.randint(0, 1000, (64,), generator=generator)
         noise = torch.randn(x.shape, generator=generator)
-        a = alphas_cumprod[t].view(-1, 1, 1, 1)
-        noise_pred = unet(a.sqrt() * x + (1 - a).sqrt() * noise, t, text_encoder(ids[caption])[0]).sample
-        weight = snr[t].clamp(max=5) / snr[t]
-        return (weight * ((noise_pred - noise) ** 2).mean((1, 2, 3))).mean()
 
-    params = {f"unet.{k}": p for k, p in unet.named_parameters()}
-    params |= {f"text_encoder.{k}": p for k, p in text_encoder.named_parameters()}
-    seconds = fit("unet", work, params, args.unet_steps, 1e-3, 64, len(latents), loss_fn, args.seed)
-    return unet.eval(), text_encoder.eval(), tokenizer, scaling_factor, seconds
+        noisy = scheduler.add_noise(x, noise, t)
+        noise_pred = unet(noisy, t, text_encoder(ids[caption])[0]).sample
+        error = ((noise_pred - noise) ** 2).mean((1, 2, 3))
+        return (min_snr_weight[t] * error).mean()
 
-def refine_decoder(work, args, vae):
-    """The latents are settled once the UNet has learned them; the decoder may still get better at reading them."""
-    latents, _ = encode_pictures(work, vae)
-    animals = np.load(work / "animals.npy", mmap_mode="r")
+    params = {}
+    for key, value in unet.named_parameters():
+        params[f"unet.{key}"] = value
+    for key, value in text_encoder.named_parameters():
+        params[f"text_encoder.{key}"] = value
+    seconds = fit("unet", work, params, args.unet_steps, 1e-3, compute_loss, args.seed)
+    return unet.eval(), text_encoder.eval(), seconds
 
-    def loss_fn(indices, generator):
-        x, z = to_tensor(animals[indices.numpy()]), latents[indices].float()
-        d = vae.decoder(z + 0.1 * torch.randn(z.shape, generator=generator)) - x
-        edges = (d[..., 1:] - d[..., :-1]).abs().mean() + (d[..., 1:, :] - d[..., :-1, :]).abs().mean()
-        return d.abs().mean() + (d**2).mean() + 0.5 * edges
 
-    params = dict(vae.decoder.named_parameters())
-    return fit("decoder", work, params, args.decoder_steps, 1e-3, 16, len(latents), loss_fn, args.seed)
+# ---------------------------------------------------------------------------------------------
+# CLIP
+# ---------------------------------------------------------------------------------------------
 
-# ---- CLIP ----
 
 def make_clip(folder, tokenizer):
-    """An open_clip model in `local-dir:` format: a ResNet of width 16 and a 2-layer text tower, 1.3 M parameters."""
+    """An open_clip model in `local-dir:` format: a ResNet of width 16 and a 2-layer text tower."""
     import open_clip
 
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, folder)
-    vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 64, "patch_size": None}
-    text = {"context_length": 16, "vocab_size": len(tokenizer), "width": 128, "heads": 4, "layers": 2}
-    text |= {"hf_tokenizer_name": "local"}  # open_clip reads the folder itself, but only if this is set
-    config = {"model_cfg": {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}}
-    half = [0.5, 0.5, 0.5]
-    config["preprocess_cfg"] = {"mean": half, "std": half, "interpolation": "bicubic", "resize_mode": "shortest"}
+    config = {
+        "model_cfg": {
+            "embed_dim": 64,
+            "vision_cfg": {
+                "image_size": 64,
+                "layers": [1, 1, 1, 1],
+                "width": 16,
+                "head_width": 64,
+                "patch_size": None,
+            },
+            "text_cfg": {
+                "context_length": 16,
+                "vocab_size": len(tokenizer),
+                "width": 128,
+                "heads": 4,
+                "layers": 2,
+                "hf_tokenizer_name": "local",  # open_clip reads the folder only if this is set
+            },
+        },
+        "preprocess_cfg": {
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+        },
+    }
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
     return open_clip.create_model(f"local-dir:{folder}", load_weights=False)
 
-def augment(drawings, generator):
-    """Composes RGBA drawings uint8 (N, 4, 64, 64) into pictures (N, 3, 64, 64) in [-1, 1], other ones every time.
 
-    What separates one emoji set from another, or a drawing from a generated picture, must not matter: pose, palette,
-    sharpness, noise. Wider than the UNet's pictures, so that the CLIP does not judge by their habits."""
+def uniform(n, low, high, generator):
+    """One number per picture, (n, 1, 1, 1)"""
+    return low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)
+
+
+def happens(n, probability, generator):
+    """1.0 for some of the pictures, 0.0 for the others, (n, 1, 1, 1)"""
+    return (torch.rand(n, 1, 1, 1, generator=generator) < probability).float()
+
+
+def move(drawings, generator):
+    """Turns, scales, stretches, flips and shifts drawings (N, 4, 64, 64)."""
     n = len(drawings)
+    angle = math.radians(10) * torch.randn(n, generator=generator)
+    scale = uniform(n, 0.9, 1.3, generator).flatten()
+    flip = 2 * happens(n, 0.5, generator).flatten() - 1
+    stretch = 1 + 0.06 * torch.randn(n, generator=generator)
+    shift = 0.08 * torch.randn(n, 2, generator=generator)
 
-    def uniform(low, high):
-        return low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)
+    # the matrix maps a place in the new picture to one in the drawing
+    cos = scale * angle.cos()
+    sin = scale * angle.sin()
+    row_x = torch.stack([flip * stretch * cos, -flip * stretch * sin, shift[:, 0]], 1)
+    row_y = torch.stack([sin, cos, shift[:, 1]], 1)
+    grid = F.affine_grid(torch.stack([row_x, row_y], 1), drawings.shape, align_corners=False)
+    return F.grid_sample(drawings, grid, align_corners=False)
 
-    def some(p):
-        return (torch.rand(n, 1, 1, 1, generator=generator) < p).float()
 
-    def normal(*shape):
-        return torch.randn(n, *shape, generator=generator)
+def recolor(rgb, generator):
+    """Gives drawings (N, 3, 64, 64) another palette."""
+    n = len(rgb)
+    gain = uniform(n, 0.75, 1.25, generator)[:, 0]
+    channel_gain = 1 + 0.15 * torch.randn(n, 1, 3, generator=generator)
+    matrix = torch.eye(3) * gain * channel_gain  # (N, 3, 3)
 
-    x = drawings.float() / 255
-    x = torch.cat([x[:, :3] * x[:, 3:], x[:, 3:]], 1)  # premultiplied, so that edges do not bleed
-    angle, scale = normal() * math.radians(10), uniform(0.93, 1.35).flatten()
-    flip = (2 * some(0.5).flatten() - 1) * (1 + 0.06 * normal())
-    cos, sin, shift = angle.cos() * scale, angle.sin() * scale, 0.08 * normal(2)
-    matrix = torch.stack([torch.stack([cos * flip, -sin * flip, shift[:, 0]], 1)] * 2, 1)
-    matrix[:, 1] = torch.stack([sin, cos, shift[:, 1]], 1)
-    x = F.grid_sample(x, F.affine_grid(matrix, x.shape, align_corners=False), align_corners=False)
-    y, x_axis = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
-    colors = torch.tensor(list(COLORS.values()))[torch.randint(len(COLORS), (n,), generator=generator)] / 255
-    ground = colors[:, :, None, None] + 0.05 * normal(3, 1, 1)
-    ground = ground + some(0.4) * 0.12 * (normal(1, 1, 1) * x_axis + normal(1, 1, 1) * y)
-    # palette: a gain for each channel, sometimes channels swapped, sometimes towards grey
-    mix = torch.eye(3) * uniform(0.75, 1.25)[:, 0] * (1 + 0.15 * normal(1, 3))
-    swap = torch.eye(3)[torch.rand(n, 3, generator=generator).argsort(1)]
-    for amount, other in ((some(0.3), swap), (some(0.2), torch.full((3, 3), 1 / 3))):
-        amount = (amount * uniform(0, 1))[:, 0]
-        mix = mix @ ((1 - amount) * torch.eye(3) + amount * other)
-    rgb = torch.einsum("nij,njhw->nihw", mix, x[:, :3]) + x[:, 3:] * uniform(-0.1, 0.1)
-    x = (rgb + (1 - x[:, 3:]) * ground).clamp(0, 1) * 2 - 1
-    blurred, coarse = (F.interpolate(F.avg_pool2d(x, k), scale_factor=k, mode="bilinear") for k in (2, 4))
-    x = torch.lerp(x, blurred, some(0.35) * uniform(0.3, 1))
-    x = torch.lerp(x, coarse, some(0.07)) + some(0.3) * 0.1 * normal(3, 64, 64)
-    side = uniform(0, 0.3) * some(0.3)  # of a square that is erased
-    hole = ((y - uniform(-1, 1)).abs() < side) & ((x_axis - uniform(-1, 1)).abs() < side)
-    return torch.where(hole, uniform(-1, 1), x).clamp(-1, 1)
+    # sometimes towards swapped channels, sometimes towards grey
+    swapped = torch.eye(3)[torch.rand(n, 3, generator=generator).argsort(1)]
+    amount = happens(n, 0.3, generator) * uniform(n, 0, 1, generator)
+    matrix = matrix @ torch.lerp(torch.eye(3), swapped, amount[:, 0])
+    grey = torch.full((3, 3), 1 / 3)
+    amount = happens(n, 0.2, generator) * uniform(n, 0, 1, generator)
+    matrix = matrix @ torch.lerp(torch.eye(3), grey, amount[:, 0])
+    return torch.einsum("nij,njhw->nihw", matrix, rgb)
+
+
+def augment(drawings, generator):
+    """Composes drawings uint8 (N, 4, 64, 64) into pictures (N, 3, 64, 64) in [-1, 1].
+
+    What separates one emoji set from another, or a drawing from a generated picture, must not
+    matter: pose, palette, sharpness, noise. It varies more here than in the UNet's pictures, so
+    that the CLIP does not judge by their habits.
+    """
+    n = len(drawings)
+    drawings = drawings.float() / 255
+    alpha = drawings[:, 3:]
+    # colour times alpha, so that the colour of invisible pixels does not bleed into the edges
+    drawings = move(torch.cat([drawings[:, :3] * alpha, alpha], 1), generator)
+    alpha = drawings[:, 3:]
+    rgb = recolor(drawings[:, :3], generator) + alpha * uniform(n, -0.1, 0.1, generator)
+
+    # a background: a colour, sometimes a gradient
+    line = torch.linspace(-1, 1, 64)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    choice = torch.randint(len(COLORS), (n,), generator=generator)
+    color = torch.tensor(list(COLORS.values()))[choice] / 255
+    ground = color[:, :, None, None] + 0.05 * torch.randn(n, 3, 1, 1, generator=generator)
+    slope = 0.12 * happens(n, 0.4, generator) * torch.randn(n, 2, 1, 1, generator=generator)
+    ground = ground + slope[:, :1] * x + slope[:, 1:] * y
+    pictures = (rgb + (1 - alpha) * ground).clamp(0, 1) * 2 - 1
+
+    # sometimes a little blurred, seldom very much, sometimes noisy
+    blurred = F.interpolate(F.avg_pool2d(pictures, 2), scale_factor=2, mode="bilinear")
+    coarse = F.interpolate(F.avg_pool2d(pictures, 4), scale_factor=4, mode="bilinear")
+    amount = happens(n, 0.35, generator) * uniform(n, 0.3, 1, generator)
+    pictures = torch.lerp(pictures, blurred, amount)
+    pictures = torch.lerp(pictures, coarse, happens(n, 0.07, generator))
+    noise = torch.randn(pictures.shape, generator=generator)
+    pictures = pictures + 0.1 * happens(n, 0.3, generator) * noise
+
+    # sometimes a square is erased
+    side = uniform(n, 0, 0.3, generator) * happens(n, 0.3, generator)
+    erased = ((y - uniform(n, -1, 1, generator)).abs() < side) & (
+        (x - uniform(n, -1, 1, generator)).abs() < side
+    )
+    pictures = torch.where(erased, uniform(n, -1, 1, generator), pictures)
+    return pictures.clamp(-1, 1)
+
+
+def caption_for_clip(name, form):
+    """The name, "a NAME" or "NAME on a white background"."""
+    if form == 0:
+        return name
+    if form == 1:
+        article = "an" if name[0] in "aeiou" else "a"
+        return f"{article} {name}"
+    return f"{name} on a white background"
+
 
 def train_clip(name, work, args, tokenizer, allowed, folder):
-    """A batch has one picture of each animal and of 50 other emoji, all of different names: the image tower learns what
-    the drawings of a name have in common. `allowed` bool (N,) of drawings.npz. Saves an open_clip folder."""
+    """Trains an open_clip model and saves it in `folder`. Returns the seconds of training.
+
+    A batch has one picture of each animal and of 50 other emoji, all of different names, so the
+    image tower learns what the drawings of a name have in common.
+    allowed: bool (N,), the drawings of drawings.npz to learn from.
+    """
     data = np.load(work / "drawings.npz")
-    drawings, names, icons = torch.from_numpy(data["small"]).permute(0, 3, 1, 2), data["names"], data["icons"]
-    animals = [np.flatnonzero((names == n) & allowed) for n in NAMES]
-    others = [(kind, np.flatnonzero((icons == kind) & allowed)) for kind in sorted(set(icons[(names == "") & allowed]))]
+    drawings = torch.from_numpy(data["small"]).permute(0, 3, 1, 2)
+    names = data["names"]
+    icons = data["icons"]
+
+    # the drawings of each animal, then of each other emoji
+    animals = [np.flatnonzero(allowed & (names == n)) for n in NAMES]
+    other_icons = sorted(set(icons[allowed & (names == "")]))
+    others = [np.flatnonzero(allowed & (names == "") & (icons == icon)) for icon in other_icons]
+
     torch.manual_seed(args.seed)
     model = make_clip(folder, tokenizer)
-    forms = ["{}", "a{n} {}", "{} on a white background"]
 
-    def loss_fn(_, generator):
-        kinds = [others[i] for i in torch.randperm(len(others), generator=generator)[:50]]
-        groups = animals + [members for _, members in kinds]
-        pick = torch.rand(len(groups), generator=generator)
-        chosen = [members[int(p * len(members))] for members, p in zip(groups, pick)]
-        form = torch.randint(3, (46,), generator=generator).tolist()
-        texts = [forms[f].format(n, n="n" * (n[0] in "aeiou")) for n, f in zip(NAMES, form)]
-        texts += [kind.replace("-", " ") for kind, _ in kinds]
-        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        image, text, scale = model(augment(drawings[torch.tensor(chosen)], generator), ids)
-        logits, target = scale.clamp(max=50) * image @ text.T, torch.arange(len(groups))
-        loss = (F.cross_entropy(logits, target, label_smoothing=0.05) + F.cross_entropy(logits.T, target)) / 2
-        return loss + F.cross_entropy(logits[:46, :46], target[:46], label_smoothing=0.05) / 2  # as it is used
+    def compute_loss(generator):
+        chosen = torch.randperm(len(others), generator=generator)[:50].tolist()
+        groups = animals + [others[i] for i in chosen]
+        luck = torch.rand(len(groups), generator=generator).tolist()
+        picked = [group[int(u * len(group))] for group, u in zip(groups, luck)]
 
-    params, options = dict(model.named_parameters()), {"weight_decay": 0.1, "ema_decay": 0.998}
-    seconds = fit(name, work, params, args.clip_steps, 2e-3, 1, 1, loss_fn, args.seed, **options)
-    with torch.no_grad():  # the averaged weights want batch statistics of their own
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.reset_running_stats()
-                module.momentum = None
-        generator = torch.Generator().manual_seed(args.seed)
+        forms = torch.randint(3, (len(NAMES),), generator=generator).tolist()
+        texts = [caption_for_clip(n, form) for n, form in zip(NAMES, forms)]
+        texts += [other_icons[i].replace("-", " ") for i in chosen]
+        tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+
+        pictures = augment(drawings[torch.tensor(picked)], generator)
+        image, text, scale = model(pictures, tokens.input_ids)
+        logits = scale.clamp(max=50) * image @ text.T
+        target = torch.arange(len(groups))
+        image_loss = F.cross_entropy(logits, target, label_smoothing=0.05)
+        text_loss = F.cross_entropy(logits.T, target)
+        # among the animals alone, as the model is used
+        n = len(NAMES)
+        animal_loss = F.cross_entropy(logits[:n, :n], target[:n], label_smoothing=0.05)
+        return (image_loss + text_loss + animal_loss) / 2
+
+    params = dict(model.named_parameters())
+    seconds = fit(
+        name,
+        work,
+        params,
+        args.clip_steps,
+        2e-3,
+        compute_loss,
+        args.seed,
+        weight_decay=0.1,
+        ema_decay=0.998,
+    )
+
+    # the averaged weights need batch statistics of their own
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # a plain mean over the batches
+    generator = torch.Generator().manual_seed(args.seed)
+    firsts = torch.tensor([group[0] for group in animals + others[:50]])
+    with torch.no_grad():
         for _ in range(40):
-            few = [members[0] for members in animals] + [members[0] for _, members in others[:50]]
-            model.encode_image(augment(drawings[torch.tensor(few)], generator))
-    weights = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "open_clip_model.safetensors")
+            model.encode_image(augment(drawings[firsts], generator))
+
+    weights = {}
+    for key, value in model.state_dict().items():
+        if value.is_floating_point():
+            value = value.half()
+        weights[key] = value.contiguous()
+    save_file(weights, folder / "open_clip_model.safetensors")
     return seconds
+
 
 @torch.no_grad()
 def clip_ranks(folder, pictures, labels, views=1):
-    """How many of the 46 names the CLIP prefers to the right one of `labels` (N,), by the mean score of `views`
-    pictures of one thing. pictures uint8 (N * views, 64, 64, 3), those of a thing together -> int (N,)"""
+    """How many of the 46 names the CLIP prefers to the right one.
+
+    pictures: uint8 (N * views, 64, 64, 3), those of one thing together; their mean score counts.
+    labels: (N,) names. Returns int (N,).
+    """
     import open_clip
 
     model = open_clip.create_model(f"local-dir:{folder}").eval()
-    text = model.encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")(NAMES), normalize=True)
-    scores = (model.encode_image(to_tensor(pictures), normalize=True) @ text.T).unflatten(0, (-1, views)).mean(1)
-    right = scores[torch.arange(len(labels)), torch.tensor([NAMES.index(n) for n in labels])]
-    return (scores > right[:, None]).sum(1).numpy()
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(NAMES)
+    text = model.encode_text(tokens, normalize=True)
+    image = model.encode_image(to_tensor(pictures), normalize=True)
+    scores = (image @ text.T).unflatten(0, (-1, views)).mean(1)  # (N, 46)
+    target = torch.tensor([NAMES.index(label) for label in labels])
+    right = scores.gather(1, target[:, None])
+    return (scores > right).sum(1).numpy()
 
-def held_out_accuracy(work, args, tokenizer, views=10):
-    """Train a CLIP without one emoji set and ask it for the drawings of that set, ten pictures each. Returns how often
-    it is right about a drawing, about a single picture, the number of drawings, and the seconds of training."""
+
+def measure_held_out(work, args, views=10):
+    """Asks the CLIP that has not seen args.held_out for the drawings of that set.
+
+    Returns how often it is right about a drawing (by the mean score of `views` pictures), about
+    a single picture, and the number of drawings.
+    """
     data = np.load(work / "drawings.npz")
-    animal, kept = data["names"] != "", data["sets"] == args.held_out
-    seconds = train_clip("clip_held_out", work, args, tokenizer, ~kept, work / "clip_held_out")
-    rng, drawings = np.random.default_rng(args.seed), np.flatnonzero(animal & kept)
-    rgba, names = data["rgba"], data["names"][drawings]
-    pictures = np.stack([compose(rgba[i], "", rng)[0] for i in drawings.repeat(views)])
-    by_drawing = clip_ranks(work / "clip_held_out", pictures, names, views) == 0
-    by_picture = clip_ranks(work / "clip_held_out", pictures, names.repeat(views)) == 0
-    return by_drawing.mean(), by_picture.mean(), len(drawings), seconds
+    drawings = np.flatnonzero((data["names"] != "") & (data["sets"] == args.held_out))
+    names = data["names"][drawings]
+    rgba = data["rgba"]
 
-# ---- export ----
+    rng = np.random.default_rng(args.seed)
+    pictures = [compose(rgba[i], "", rng)[0] for i in drawings.repeat(views)]
+    folder = work / "clip_held_out"
+    by_drawing = clip_ranks(folder, pictures, names, views) == 0
+    by_picture = clip_ranks(folder, pictures, names.repeat(views)) == 0
+    return by_drawing.mean(), by_picture.mean(), len(drawings)
+
+
+# ---------------------------------------------------------------------------------------------
+# export, samples, model card
+# ---------------------------------------------------------------------------------------------
+
+
+def edit_json(path, **changes):
+    """Changes entries of a JSON file; None removes one."""
+    config = json.loads(path.read_text())
+    for key, value in changes.items():
+        config[key] = value
+        if value is None:
+            del config[key]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
 
 def export(out, vae, unet, text_encoder, tokenizer, scaling_factor):
+    """Writes the pipeline's folder in float16. The models are float16 afterwards."""
     from diffusers import StableDiffusionPipeline
 
     vae.register_to_config(scaling_factor=scaling_factor)
-    parts = dict(vae=vae, unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=make_scheduler())
-    parts |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    StableDiffusionPipeline(**parts).to(torch.float16).save_pretrained(out)
-    config = out / "text_encoder/config.json"  # its dtype is what transformers 5 loads; the UNet comes as float32
-    config.write_text(config.read_text().replace("float16", "float32"))
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        unet=unet,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.to(torch.float16).save_pretrained(out)
     save_tokenizer(tokenizer, out / "tokenizer")
 
-def draw_samples(out, steps=50, guidance_scale=5.0, draws=4):
-    """46 prompts x 4 seeds with the DDPM sampler the scripts use (DDIM with eta = 1). Writes samples.png.
+    # transformers 5 loads this dtype; diffusers loads the other models as float32
+    edit_json(out / "text_encoder/config.json", dtype="float32")
+    # AutoencoderTiny writes an attribute that it then reports as unexpected
+    edit_json(out / "vae/config.json", block_out_channels=None)
 
-    Returns pictures uint8 (184, 64, 64, 3), their names, and the seconds that 16 pictures take."""
+
+def draw_samples(out, num_steps):
+    """Draws 46 prompts x 4 seeds with the scripts' sampler (DDIM with eta = 1).
+
+    Returns pictures uint8 (184, 64, 64, 3), their names, and the seconds that 16 pictures take.
+    """
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(out, dtype=torch.float32, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(out)
     pipe.set_progress_bar_config(disable=True)
-    labels = [name for name in NAMES for _ in range(draws)]
-    pictures, seconds = [], []
+    labels = [name for name in NAMES for _ in range(4)]
+
+    chunks = []
+    seconds = []
     for i in tqdm(range(0, len(labels), 16), desc="samples"):
-        few = labels[i : i + 16]
-        generators = [torch.Generator().manual_seed(i + j) for j in range(len(few))]
+        prompts = labels[i : i + 16]
+        generators = [torch.Generator().manual_seed(i + j) for j in range(len(prompts))]
         start = time.time()
-        options = dict(num_inference_steps=steps, guidance_scale=guidance_scale, eta=1.0, output_type="np")
-        pictures.append(pipe(few, generator=generators, **options).images)
-        seconds += [time.time() - start] if len(few) == 16 else []
-    pictures = (np.concatenate(pictures) * 255).round().astype(np.uint8)
-    columns = 4  # blocks of four pictures with the name above
-    sheet = Image.new("RGB", (columns * 64 * draws + (columns - 1) * 8, math.ceil(46 / columns) * 78), "white")
-    for k, name in enumerate(NAMES):
-        x, y = k % columns * (64 * draws + 8), k // columns * 78
-        ImageDraw.Draw(sheet).text((x + 2, y), name, fill="black")
-        for j in range(draws):
-            sheet.paste(Image.fromarray(pictures[k * draws + j]), (x + 64 * j, y + 13))
-    sheet.save(out / "samples.png")
+        result = pipe(
+            prompts,
+            num_inference_steps=num_steps,
+            guidance_scale=5.0,
+            eta=1.0,
+            generator=generators,
+            output_type="np",
+        )
+        chunks.append(result.images)
+        if len(prompts) == 16:
+            seconds.append(time.time() - start)
+
+    pictures = (np.concatenate(chunks) * 255).round().astype(np.uint8)
     return pictures, labels, float(np.median(seconds))
 
-CARD = """# The emoji model
 
-A small text-to-image latent diffusion model, trained from nothing by `pretrain.py` of this repository. It draws
-64 x 64 pictures of 46 animals from their bare names and exists so that the scripts run, learn and can be tested on a
-laptop without a download. Load it with `StableDiffusionPipeline.from_pretrained("models/emoji")`.
+def make_sheet(pictures):
+    """samples.png: four columns of names, each above its four pictures."""
+    rows = math.ceil(len(NAMES) / 4)
+    sheet = Image.new("RGB", (4 * 256 + 3 * 8, rows * 78), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, name in enumerate(NAMES):
+        x = k % 4 * (256 + 8)
+        y = k // 4 * 78
+        draw.text((x + 2, y), name, fill="black")
+        for j in range(4):
+            sheet.paste(Image.fromarray(pictures[4 * k + j]), (x + 64 * j, y + 13))
+    return sheet
 
-![46 prompts x 4 seeds](samples.png)
 
-*T = 50, guidance 5, DDIM with eta = 1; four seeds of each prompt.*
+def write_card(out, facts):
+    """Fills pretrain_card.md and adds the table of files."""
+    template = Path(__file__).with_name("pretrain_card.md").read_text()
+    files = sorted(path for path in out.rglob("*") if path.is_file() and path.name != "README.md")
+    sizes = [f"| {path.relative_to(out)} | {path.stat().st_size:,} |" for path in files]
+    (out / "README.md").write_text(template.format(sizes="\n".join(sizes), **facts))
 
-## Training data and licences
 
-{drawings} drawings of the 46 animals ({others} more emoji for the VAE and the CLIP), rasterised from these npm packages
-and composed into {pictures:,} pictures: plain, gradient and patterned backgrounds, small flips, shifts, scales,
-rotations.
-A model trained on drawings may reproduce them; keep their licences in mind, and the attribution that
-Twemoji asks for: Twemoji graphics (c) Twitter, Inc and other contributors, CC BY 4.0.
+def count_parameters(path):
+    """Millions of numbers in a safetensors file"""
+    return sum(tensor.numel() for tensor in load_file(path).values()) / 1e6
 
-| package | licence of the drawings |
-|---|---|
-{licences}
-
-sheep is drawn from ewe and ram, squirrel from chipmunk, bee from honeybee, cow from ox too, whale from spouting whale.
-
-## Sizes
-
-| file | bytes |
-|---|---|
-{sizes}
-
-UNet {unet:.2f} M parameters, VAE {vae:.2f} M (f = 8, 12 latent channels), text encoder {text:.2f} M, tokenizer {tokens}
-tokens, CLIP (`clip/`, open_clip `local-dir:`) {clip:.2f} M. Weights are float16.
-
-## Training
-
-On {machine}: {minutes}.
-
-## Measured
-
-- VAE: {psnr:.1f} dB PSNR on 400 training pictures.
-- The bundled CLIP ranks the right one of the 46 names first for {top1:.1f} % of the {samples} pictures of
-  `samples.png`, among the first five for {top5:.1f} %.
-- A CLIP trained the same way without `{held_out}` ranks the right name first for {by_drawing:.1f} % of the {n} drawings
-  of that set (mean score of ten pictures each; for {by_picture:.1f} % of the single pictures). The bundled one is
-  trained on all six sets.
-- 16 pictures take {seconds:.2f} s (median).
-
-## Known weaknesses
-
-- Names whose four pictures the CLIP got right less than three times: {weak}.
-- It has learned some 360 drawings nearly by heart: poses are those of the emoji sets, fine lines are soft, and
-  captions beyond "NAME", "a NAME" and "NAME on a COLOUR background" mean little to it.
-- The CLIP judges the same 46 names only. It was trained on the drawings that the UNet learned from, so it measures
-  whether a picture still shows the animal, not taste.
-"""
-
-def write_card(out, work, facts):
-    data = np.load(work / "drawings.npz")
-    files = sorted(p for p in out.rglob("*") if p.is_file() and p.name not in ("README.md", "metrics.json"))
-    sizes = "\n".join(f"| {p.relative_to(out)} | {p.stat().st_size:,} |" for p in files)
-    licences = "\n".join(f"| @iconify-json/{k} | {v} |" for k, v in EMOJI_SETS.items())
-    animals = int((data["names"] != "").sum())
-    facts |= {"drawings": animals, "others": len(data["names"]) - animals, "sizes": sizes, "licences": licences}
-    facts["minutes"] = ", ".join(f"{k} {v / 60:.0f} min" for k, v in facts["training_seconds"].items())
-    (out / "README.md").write_text(CARD.format(**facts))
 
 def main(args):
-    work, out = Path(args.work), Path(args.out)
+    diffusers.utils.logging.set_verbosity_error()
+    work = Path(args.work)
+    out = Path(args.out)
     work.mkdir(parents=True, exist_ok=True)
-    stages = ["data", "vae", "unet", "decoder", "clip", "export", "samples"]
-    todo = stages if args.stage == "all" else [args.stage]
-    facts_file = work / "facts.json"
-    facts = json.loads(facts_file.read_text()) if facts_file.exists() else {"training_seconds": {}}
-    seconds = facts["training_seconds"]
-    if "data" in todo:
-        make_data(work, args)
-    if args.stage == "data":
+
+    make_data(work, args)
+    if args.stop_after == "data":
         return
-    vae, seconds["VAE"] = train_vae(work, args)  # what is finished is read back in a moment
-    if args.stage == "vae":
+
+    vae, vae_seconds = train_vae(work, args)
+    if args.stop_after == "vae":
         return
-    unet, text_encoder, tokenizer, scaling_factor, seconds["UNet"] = train_unet(work, args, vae)
-    if args.stage == "unet":
+
+    latents, scaling_factor = encode_pictures(work, vae)
+    captions = json.loads((work / "animals.json").read_text())["captions"]
+    tokenizer = train_tokenizer(captions)
+    unet, text_encoder, unet_seconds = train_unet(work, args, latents, captions, tokenizer)
+    if args.stop_after == "unet":
         return
-    seconds["decoder"] = refine_decoder(work, args, vae)
-    if "clip" in todo:
-        by_drawing, by_picture, n, seconds["held-out CLIP"] = held_out_accuracy(work, args, tokenizer)
-        everything = np.ones(len(np.load(work / "drawings.npz")["names"]), bool)
-        seconds["CLIP"] = train_clip("clip", work, args, tokenizer, everything, out / "clip")
-        facts |= {"by_drawing": 100 * by_drawing, "by_picture": 100 * by_picture, "n": n, "held_out": args.held_out}
-    if "export" in todo:
-        x = to_tensor(np.load(work / "animals.npy", mmap_mode="r")[:400])
-        with torch.no_grad():
-            error = ((vae.decoder(vae.encoder(x)).clamp(-1, 1) - x) / 2).square().mean((1, 2, 3))
-        export(out, vae, unet, text_encoder, tokenizer, scaling_factor)
-        facts |= {"psnr": float(-10 * error.log10().mean()), "tokens": len(tokenizer), "pictures": args.pictures}
-        clip = sum(v.numel() for v in load_file(out / "clip/open_clip_model.safetensors").values()) / 1e6
-        facts |= {"clip": clip, "unet": unet.num_parameters() / 1e6, "vae": vae.num_parameters() / 1e6}
-        facts["text"] = text_encoder.num_parameters() / 1e6
-    if "samples" in todo:
-        pictures, labels, facts["seconds"] = draw_samples(out)
-        ranks = clip_ranks(out / "clip", pictures, labels)
-        facts |= {"top1": 100 * float((ranks == 0).mean()), "top5": 100 * float((ranks < 5).mean())}
-        hits = {name: int((ranks[np.array(labels) == name] == 0).sum()) for name in NAMES}
-        facts["weak"] = ", ".join(f"{name} ({k} of 4)" for name, k in hits.items() if k < 3) or "none"
-        machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), no accelerator"
-        facts |= {"samples": len(labels), "machine": machine}
-        write_card(out, work, facts)
-    facts_file.write_text(json.dumps(facts, indent=2))
+
+    decoder_seconds = refine_decoder(work, args, vae, latents, scaling_factor)
+    psnr = measure_psnr(work, vae)
+    print(f"VAE: {psnr:.2f} dB")
+    if args.stop_after == "decoder":
+        return
+
+    # one CLIP to know how well it judges drawings that it has not seen, and one to ship
+    data = np.load(work / "drawings.npz")
+    seen = data["sets"] != args.held_out
+    held_out_seconds = train_clip(
+        "clip_held_out", work, args, tokenizer, seen, work / "clip_held_out"
+    )
+    by_drawing, by_picture, num_held_out = measure_held_out(work, args)
+    print(f"CLIP: right about {by_drawing:.1%} of the {num_held_out} drawings held out")
+    everything = np.ones(len(data["sets"]), dtype=bool)
+    clip_seconds = train_clip("clip", work, args, tokenizer, everything, out / "clip")
+    if args.stop_after == "clip":
+        return
+
+    export(out, vae, unet, text_encoder, tokenizer, scaling_factor)
+    pictures, labels, seconds_per_16 = draw_samples(out, args.sample_steps)
+    make_sheet(pictures).save(out / "samples.png")
+    ranks = clip_ranks(out / "clip", pictures, labels)
+    hits = (ranks == 0).reshape(len(NAMES), 4).sum(1)
+    weak = [f"{name} ({k} of 4)" for name, k in zip(NAMES, hits) if k < 4]
+    print(f"CLIP: the right name first for {np.mean(ranks == 0):.1%} of the samples")
+
+    licences = []
+    for emoji_set, (version, licence) in EMOJI_SETS.items():
+        licences.append(f"| @iconify-json/{emoji_set} | {version} | {licence} |")
+    num_animals = int((data["names"] != "").sum())
+    facts = {
+        "drawings": num_animals,
+        "others": len(data["names"]) - num_animals,
+        "pictures": args.pictures,
+        "licences": "\n".join(licences),
+        "unet": count_parameters(out / "unet/diffusion_pytorch_model.safetensors"),
+        "vae": count_parameters(out / "vae/diffusion_pytorch_model.safetensors"),
+        "text": count_parameters(out / "text_encoder/model.safetensors"),
+        "clip": count_parameters(out / "clip/open_clip_model.safetensors"),
+        "tokens": len(tokenizer),
+        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), no accelerator",
+        "vae_minutes": vae_seconds / 60,
+        "unet_minutes": unet_seconds / 60,
+        "decoder_minutes": decoder_seconds / 60,
+        "held_out_minutes": held_out_seconds / 60,
+        "clip_minutes": clip_seconds / 60,
+        "psnr": psnr,
+        "samples": len(labels),
+        "top1": 100 * np.mean(ranks == 0),
+        "top5": 100 * np.mean(ranks < 5),
+        "held_out": args.held_out,
+        "num_held_out": num_held_out,
+        "by_drawing": 100 * by_drawing,
+        "by_picture": 100 * by_picture,
+        "by_drawing_wrong": 100 * (1 - by_drawing),
+        "steps": args.sample_steps,
+        "seconds": seconds_per_16,
+        "weak": ", ".join(weak) or "none",
+    }
+    write_card(out, facts)
+
 
 if __name__ == "__main__":
     main(tyro.cli(Args, description=__doc__))

@@ -1,38 +1,89 @@
-"""The embedded model: what it is, what it draws, and that ddpo_is.py learns on it."""
+"""The embedded model: what it is, what it draws, and that every script learns on it."""
 
 import json
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, embed, read_metrics
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from conftest import ROOT, read_metrics
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
+from transformers import CLIPTextModel, CLIPTokenizer
 
 import ddpo_is
 import ddpo_iskl
 import ddpo_sf
-import rewards
+import pretrain
 import rwr
 import rwr_sparse
 
 EMOJI = ROOT / "models/emoji"
-NAMES = [*ddpo_is.ANIMALS, "elephant"]
 
 
-def test_the_folder_is_small_float16_and_safetensors_only():
-    files = [p for p in EMOJI.rglob("*") if p.is_file()]
-    assert sum(p.stat().st_size for p in files) < 20e6
-    assert sum(p.stat().st_size for p in files if "clip" in p.parts) < 5e6
-    assert {p.suffix for p in files} <= {".json", ".txt", ".safetensors", ".png", ".md"}
+# the folder
+
+
+def list_files():
+    return [path for path in EMOJI.rglob("*") if path.is_file()]
+
+
+def test_the_folder_is_small():
+    sizes = {path: path.stat().st_size for path in list_files()}
+    assert sum(sizes.values()) < 20e6
+    assert sum(size for path, size in sizes.items() if "clip" in path.parts) < 5e6
+
+
+def test_weights_are_float16_in_safetensors():
+    suffixes = {path.suffix for path in list_files()}
+    assert suffixes <= {".json", ".txt", ".safetensors", ".png", ".md"}
     for path in EMOJI.rglob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            kinds = {file.get_tensor(k).dtype for k in file.keys()}
-        assert kinds - {torch.int64} == {torch.float16}, path
-    listed = (EMOJI / "README.md").read_text()
-    for path in files:
+            dtypes = {file.get_tensor(key).dtype for key in file.keys()}
+        assert dtypes - {torch.int64} == {torch.float16}, path
+
+
+def test_the_card_lists_every_file():
+    card = (EMOJI / "README.md").read_text()
+    for path in list_files():
         if path.name != "README.md":
-            assert f"| {path.relative_to(EMOJI)} | {path.stat().st_size:,} |" in listed, path
+            assert f"| {path.relative_to(EMOJI)} | {path.stat().st_size:,} |" in card
+
+
+def test_it_has_stable_diffusions_schedule():
+    config = DDIMScheduler.from_pretrained(EMOJI / "scheduler").config
+    assert config.beta_schedule == "scaled_linear"
+    assert config.beta_start == 0.00085
+    assert config.beta_end == 0.012
+    assert config.num_train_timesteps == 1000
+    assert config.prediction_type == "epsilon"
+    assert config.steps_offset == 1
+    assert not config.set_alpha_to_one
+
+
+def test_its_names_are_the_prompts_of_the_scripts():
+    assert set(pretrain.NAMES) == {*ddpo_is.ANIMALS.split(), "elephant"}
+
+
+def test_every_animal_is_one_token():
+    tokenizer = CLIPTokenizer.from_pretrained(EMOJI / "tokenizer")
+    for name in pretrain.NAMES:
+        assert len(tokenizer(name).input_ids) == 3  # start, the animal, end
+
+
+def test_the_tokenizer_has_the_files_of_older_transformers():
+    tokenizer = CLIPTokenizer.from_pretrained(EMOJI / "tokenizer")
+    vocab = json.loads((EMOJI / "tokenizer/vocab.json").read_text())
+    assert vocab == tokenizer.get_vocab()
+
+    # CLIP's order: 512 bytes, the merges, start and end
+    merges = (EMOJI / "tokenizer/merges.txt").read_text().splitlines()[1:]
+    assert len(vocab) == 512 + len(merges) + 2
+    for i, pair in enumerate(merges):
+        assert vocab[pair.replace(" ", "")] == 512 + i
+
+
+# loading and drawing
 
 
 def test_it_loads_and_draws_without_any_option():
@@ -41,60 +92,73 @@ def test_it_loads_and_draws_without_any_option():
     assert pipe("cat", num_inference_steps=2).images[0].size == (64, 64)
 
 
-def test_it_has_stable_diffusions_schedule():
-    config = DDIMScheduler.from_pretrained(EMOJI, subfolder="scheduler").config
-    expected = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
-    expected |= dict(prediction_type="epsilon", set_alpha_to_one=False, steps_offset=1)
-    assert {k: config[k] for k in expected} == expected
-
-
-def test_every_animal_is_one_token_and_older_transformers_find_their_files():
-    tokenizer = StableDiffusionPipeline.from_pretrained(EMOJI, safety_checker=None).tokenizer
-    assert all(len(tokenizer(name).input_ids) == 3 for name in NAMES)  # start, the animal, end
-    vocab = json.loads((EMOJI / "tokenizer/vocab.json").read_text())
-    merges = (EMOJI / "tokenizer/merges.txt").read_text().splitlines()[1:]
-    assert vocab == tokenizer.get_vocab() and len(vocab) == 512 + len(merges) + 2
-    assert [vocab["".join(pair.split(" "))] for pair in merges] == list(range(512, 512 + len(merges)))
+def test_its_parts_load_without_a_notice(caplog):
+    verbosity = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_warning()
+    AutoencoderTiny.from_pretrained(EMOJI / "vae")
+    UNet2DConditionModel.from_pretrained(EMOJI / "unet")
+    CLIPTextModel.from_pretrained(EMOJI / "text_encoder")
+    diffusers.utils.logging.set_verbosity(verbosity)
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 @pytest.fixture(scope="module")
 def pictures():
-    """92 pictures, two of each animal, by the script's own sampler at T = 25: uint8 (92, 64, 64, 3)."""
-    args = ddpo_is.Args(model=str(EMOJI), device="cpu", precision="fp32", lora_rank=0, num_steps=25, micro_batch=64)
-    pipe, _ = ddpo_is.load_model(args)
-    schedule = ddpo_is.make_schedule(DDIMScheduler.from_config(pipe.scheduler.config), 25, "cpu")
-    shape = (26, pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
-    noise = torch.stack([torch.randn(shape, generator=ddpo_is.make_generator(9, 9, i, 9)) for i in range(92)])
-    embeds = embed(pipe, NAMES * 2)
-    latents, _ = ddpo_is.sample_trajectories(pipe.unet, embeds, noise, schedule, args)
-    return ddpo_is.decode(pipe.vae, latents[:, -1])
+    """Two pictures of each of the 46 names, 25 steps: uint8 (92, 64, 64, 3)."""
+    pipe = StableDiffusionPipeline.from_pretrained(EMOJI)
+    pipe.set_progress_bar_config(disable=True)
+    chunks = []
+    for seed in (0, 1):
+        generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(46)]
+        result = pipe(
+            pretrain.NAMES,
+            num_inference_steps=25,
+            guidance_scale=5.0,
+            eta=1.0,
+            generator=generators,
+            output_type="np",
+        )
+        chunks.append(result.images)
+    return (np.concatenate(chunks) * 255).round().astype(np.uint8)
 
 
 def test_its_clip_recognises_what_it_draws(pictures):
-    """The right one of 46 names first for two pictures in three; chance is 2 %, the card has the rate at T = 50."""
-    clip = rewards.REWARDS["clip"]("cpu", str(EMOJI / "clip"))
-    scores = np.stack([clip(pictures, [name] * 92) for name in NAMES], 1)  # (92, 46)
-    assert (scores.argmax(1) == np.tile(np.arange(46), 2)).mean() > 2 / 3
+    """Chance is 2 %; the card has the rate at 50 steps."""
+    ranks = pretrain.clip_ranks(EMOJI / "clip", pictures, pretrain.NAMES * 2)
+    assert (ranks == 0).mean() > 0.8
 
 
-def test_two_seeds_of_a_prompt_differ(pictures):
+def test_two_seeds_of_a_name_differ(pictures):
     first, second = np.split(pictures.astype(float), 2)
     assert (np.abs(first - second).mean((1, 2, 3)) > 8).all()  # grey levels of 255
+
+
+# learning
 
 
 @pytest.mark.parametrize(
     "script, flags",
     [
-        (ddpo_is, dict(iterations=30)),
-        (ddpo_sf, dict(num_updates=1)),  # with the four updates of Table 1 it falls here: three are off-policy
+        (ddpo_is, {"iterations": 30}),
+        (ddpo_sf, {"num_updates": 1}),  # it falls here with the four updates of Table 1
         (ddpo_iskl, {}),
-        (rwr, dict(beta=1.0)),  # 1 / unit of the reward, here a hundredth
+        (rwr, {"beta": 1.0}),  # 1 / unit of the reward, here a hundredth
         (rwr_sparse, {}),
     ],
 )
 def test_a_users_brightness_reward_rises(tmp_path, brightness, script, flags):
-    """Less than a minute on two cores; evaluated on fixed prompts and noise, so that no luck is involved."""
-    options = dict(reward=brightness, model=str(EMOJI), num_steps=8, iterations=15, save_every=30, seed=3, device="cpu")
-    rows = read_metrics(script.main(script.Args(**options | flags, out=str(tmp_path))))
+    """Evaluated on fixed prompts and noise, so that no luck is involved."""
+    options = {
+        "reward": brightness,
+        "model": str(EMOJI),
+        "out": str(tmp_path),
+        "num_steps": 8,
+        "iterations": 15,
+        "save_every": 30,
+        "seed": 3,
+        "device": "cpu",
+    }
+    run = script.main(script.Args(**{**options, **flags}))
+    rows = read_metrics(run)
     assert rows[-1]["eval_reward"] > rows[0]["eval_reward"] + 3  # of 100
     assert rows[0]["eval_align"] > 0
