@@ -535,7 +535,7 @@ def choose_micro_batch(args, latent_shape, num_samples, num_pairs):
         fail(f"--num-steps {args.num_steps}: no step of this scheduler has noise")
     limit = args.micro_batch
     if limit == 0:
-        limit = min(64, 2**17 // math.prod(latent_shape))
+        limit = min(100, 2**17 // math.prod(latent_shape))
         if args.device.startswith("cuda"):
             memory = torch.cuda.get_device_properties(args.device).total_memory / 2**30
             limit = int(memory / 2.5 * 2**14 / math.prod(latent_shape))  # at 24 GiB: 9
@@ -855,6 +855,7 @@ def main(args):
         fused=args.device.startswith("cuda"),
     )
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
+    scaler.scale(torch.zeros((), device=args.device))  # makes its scale, also without any pair
 
     # open the run; row 0 of its metrics is the pretrained model
     run = gather(open_run(args, pipe, prompts, score) if rank == 0 else None)[0]
