@@ -567,6 +567,8 @@ def choose_micro_batch(args, latent_shape, num_samples, num_pairs):
         limit = min(100, 2**17 // math.prod(latent_shape))
         if args.device.startswith("cuda"):
             memory = torch.cuda.get_device_properties(args.device).total_memory / 2**30
+            if args.lora_rank == 0:  # weights, gradients and AdamW of Stable Diffusion
+                memory -= 16
             limit = int(memory / 2.5 * 2**14 / math.prod(latent_shape))  # at 24 GiB: 9
     common = num_pairs if args.precision == "fp32" else math.gcd(num_samples, num_pairs)
     divisors = [n for n in range(1, common + 1) if common % n == 0]
