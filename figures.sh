@@ -1,75 +1,187 @@
 #!/usr/bin/env bash
-# The exact commands behind every figure. Finished runs are skipped, unfinished ones resumed, so it can be interrupted.
+# The exact commands behind every published run and figure. A finished run is skipped, an
+# unfinished one is resumed, so this script can be interrupted and started again.
 #
-#   ./figures.sh --dry-run        print the commands, run nothing
-#   ./figures.sh                  all runs on models/emoji, then the figures
-#   SEEDS="1 2" ITERATIONS=60 STEPS=20 JOBS=2 ./figures.sh        fewer, shorter, two at a time
-#   ./figures.sh --gpu            the paper's own setting: a GPU, Stable Diffusion v1.4 and the reward weights (5 GB)
+#   ./figures.sh --dry-run             print the commands, run nothing
+#   ./figures.sh                       all sets, about 15 hours on 2 cores, then the figures
+#   ./figures.sh table1 small_lr       these sets alone, then the figures
+#   ./figures.sh plots                 the figures alone, from the runs that are there
+#   JOBS=2 SEEDS="1 2" ./figures.sh    two runs at a time, fewer seeds
+#   ./figures.sh --gpu table1          the paper's own model and tasks: Stable Diffusion v1.4
 #
-# SEEDS (1 2 3 4 5), ITERATIONS (200), STEPS (50), JOBS (1), OUT (runs/figures), PYTHON (python)
+# SEEDS (1 2 3 4 5; a set that needs three takes the first three), JOBS (1), OUT (runs/figures),
+# PYTHON (python)
 set -euo pipefail
 cd "$(dirname "$0")"
-SEEDS=${SEEDS:-1 2 3 4 5} ITERATIONS=${ITERATIONS:-200} STEPS=${STEPS:-50} JOBS=${JOBS:-1}
-OUT=${OUT:-runs/figures} PYTHON=${PYTHON:-python} DRY='' MODEL=models/emoji TASKS='compress incompress clip'
-for flag in "$@"; do
-  case $flag in
-    --dry-run) DRY=1 ;;
-    --gpu) MODEL=CompVis/stable-diffusion-v1-4 TASKS='compress incompress aesthetic' OUT=$OUT/gpu ;;
-    *) echo "unknown flag $flag: --dry-run and --gpu are all" >&2; exit 2 ;;
+SEEDS=${SEEDS:-1 2 3 4 5}
+JOBS=${JOBS:-1}
+OUT=${OUT:-runs/figures}
+PYTHON=${PYTHON:-python}
+MODEL=models/emoji
+TASKS="compress incompress"
+ALL_SETS="table1 one_update small_lr bad_lr clip kl rwr"
+DRY_RUN=""
+SETS=""
+
+for word in "$@"; do
+  case $word in
+    --dry-run) DRY_RUN=yes ;;
+    --gpu)
+      MODEL=CompVis/stable-diffusion-v1-4
+      TASKS="compress incompress aesthetic"
+      OUT=$OUT/gpu
+      ;;
+    table1 | one_update | small_lr | bad_lr | clip | kl | rwr | plots) SETS="$SETS $word" ;;
+    *)
+      echo "unknown word $word: --dry-run, --gpu, plots, or a set: $ALL_SETS" >&2
+      exit 2
+      ;;
   esac
 done
+SETS=${SETS:-$ALL_SETS}
+FEW_SEEDS=$(echo $SEEDS | cut -d' ' -f1-3)
 
-# SCRIPT REWARD SEED FLAGS -> its command, quoted for the shell; or nothing where that run is finished
-plan() {
-  local script=$1 reward=$2 seed=$3 parent folder rows command resume=''
-  shift 3
-  parent=$OUT/$script$(printf '%s' "$*" | tr -d ' ')
+# run SET SCRIPT REWARD SEED ITERATIONS FLAGS...: print the command, or nothing if it is finished
+run() {
+  local set=$1 script=$2 reward=$3 seed=$4 iterations=$5
+  shift 5
+  local parent=$OUT/$set/$script$(printf '%s' "$@" | tr -cd 'a-zA-Z0-9.-')
+  local folder last
   for folder in "$parent/${script}__${reward}__s${seed}__"*; do
-    [ -f "$folder/metrics.csv" ] || continue
-    rows=$(($(wc -l <"$folder/metrics.csv") - 2)) # without the header and row 0
-    if [ "$rows" -ge "$ITERATIONS" ]; then
+    [ -f "$folder/args.json" ] || continue
+    last=$(tail -n 1 "$folder/metrics.csv" 2>/dev/null | cut -d, -f1)
+    if [ "$last" = "$iterations" ] && [ -d "$folder/checkpoint" ]; then
       echo "finished: $folder" >&2
-      return
+    else
+      echo "$PYTHON $script.py --resume $folder"
     fi
-    [ -f "$folder/checkpoint/state.safetensors" ] && resume=$folder # the newest comes last
+    return
   done
-  printf -v command '%q ' "$PYTHON" "$script.py" --reward "$reward" --seed "$seed" --model "$MODEL" --iterations "$ITERATIONS" \
-    --num-steps "$STEPS" --out "$parent" "$@" ${resume:+--resume "$resume"}
-  echo "${command% }"
+  echo "$PYTHON $script.py --reward $reward --seed $seed --iterations $iterations" \
+    "--model $MODEL --out $parent $*"
 }
 
-commands() {
+# Table 1 as it is printed: Figures 1 to 4
+table1() {
   local seed task
   for seed in $SEEDS; do
     for task in $TASKS; do
-      for script in ddpo_sf ddpo_is ddpo_iskl; do plan $script "$task" "$seed"; done
+      run table1 ddpo_sf "$task" "$seed" 200 --num-updates 4 --lr 3e-4
+      run table1 ddpo_is "$task" "$seed" 200
+      run table1 ddpo_iskl "$task" "$seed" 200
     done
-    plan ddpo_iskl incompress "$seed" --lr 3e-3 # Figure 3b, Table 1's bad learning rate
   done
-  [ "$MODEL" = models/emoji ] || return 0 # the paper leaves RWR out
-  for seed in $(echo $SEEDS | cut -d' ' -f1-3); do
+}
+
+# one update per iteration, as the paper's own code is configured
+one_update() {
+  local seed task
+  for seed in $SEEDS; do
+    for task in $TASKS; do
+      run one_update ddpo_sf "$task" "$seed" 200 --num-updates 1 --lr 3e-4
+      run one_update ddpo_is "$task" "$seed" 200 --num-updates 1
+    done
+  done
+}
+
+# SF as the unbiased estimator with a small step, and IS with the same step as its control
+small_lr() {
+  local seed task
+  for seed in $FEW_SEEDS; do
+    for task in $TASKS; do
+      run small_lr ddpo_sf "$task" "$seed" 200 --num-updates 1 --lr 1e-4
+      run small_lr ddpo_is "$task" "$seed" 200 --lr 1e-4
+    done
+  done
+}
+
+# the paper's bad learning rate: Figures 3b and 5
+bad_lr() {
+  local seed
+  for seed in $SEEDS; do
+    run bad_lr ddpo_iskl compress "$seed" 200 --lr 3e-3
+  done
+}
+
+# the CLIP score as the reward, in place of the paper's third task
+clip() {
+  local seed script
+  for seed in $FEW_SEEDS; do
+    for script in ddpo_sf ddpo_is ddpo_iskl; do
+      run clip "$script" clip "$seed" 100
+    done
+  done
+}
+
+# the weight of the KL penalty; 0 is IS with its KL logged
+kl() {
+  local seed task coefficient
+  for seed in $FEW_SEEDS; do
     for task in compress incompress; do
-      for script in rwr rwr_sparse; do plan $script "$task" "$seed"; done
+      for coefficient in 0 0.001 0.003 0.01 0.03; do
+        run kl ddpo_iskl "$task" "$seed" 100 --kl-coef "$coefficient"
+      done
     done
   done
 }
 
-figures() { # the rows of pictures are those of the first seed
-  local out first=${SEEDS%% *}
-  out=$(printf '%q' "$OUT")
-  echo "$PYTHON plot.py curves $out --out $out/curves.png"
-  echo "$PYTHON plot.py tradeoff $out --out $out/tradeoff.png"
-  echo "$PYTHON plot.py progress $out/*/*__incompress__s${first}__* --out $out/progress.png"
-  echo "$PYTHON plot.py trajectory $out/*/*__incompress__s${first}__* --out $out/trajectory.png"
+# the RWR pair at the settings that work, and its controls without a weighting
+rwr() {
+  local seed task
+  local flags="--prompts results/rwr_lora/eight.txt --guidance-scale 1 --num-samples 256
+    --samples-per-prompt 32 --num-updates 8 --lora-rank 32 --lr 5e-4 --save-every 1"
+  for seed in $FEW_SEEDS; do
+    for task in compress incompress; do
+      run rwr rwr "$task" "$seed" 6 $flags --beta 100
+      run rwr rwr "$task" "$seed" 6 $flags --beta 0
+      run rwr rwr_sparse "$task" "$seed" 6 $flags --quantile 0.96
+      run rwr rwr_sparse "$task" "$seed" 6 $flags --quantile 0
+    done
+  done
 }
 
-if [ -n "$DRY" ]; then
-  commands
-  figures
+# the figures and tables of the sets that have runs; rows of pictures are those of the first seed
+plots() {
+  local first=${SEEDS%% *}
+  local pictures="$OUT/table1/*/*__compress__s${first}__*"
+  if [ -n "$DRY_RUN" ] || [ -d "$OUT/table1" ]; then
+    echo "$PYTHON plot.py curves $OUT/table1 --out $OUT/figure3.png"
+    echo "$PYTHON plot.py progress $OUT/table1/*/*__s${first}__* --out $OUT/figure1.png"
+    echo "$PYTHON plot.py progress $pictures --prompt-index 0 10 20 --out $OUT/figure2.png"
+    echo "$PYTHON plot.py trajectory $pictures --out $OUT/figure4.png"
+  fi
+  if [ -n "$DRY_RUN" ] || [ -d "$OUT/bad_lr" ]; then
+    echo "$PYTHON plot.py curves $OUT/table1/ddpo_iskl/*__compress__* $OUT/bad_lr" \
+      "--x iteration --out $OUT/figure3b.png"
+    echo "$PYTHON plot.py trajectory $OUT/bad_lr/*/*__s${first}__*" \
+      "--iteration 0 50 100 200 --out $OUT/figure5.png"
+  fi
+  if [ -n "$DRY_RUN" ] || [ -d "$OUT/small_lr" ]; then
+    echo "$PYTHON plot.py tradeoff $OUT/table1 $OUT/small_lr --out $OUT/tradeoff.png"
+    echo "$PYTHON plot.py equal $OUT/table1 $OUT/small_lr --out $OUT/equal.md"
+  fi
+  if [ -n "$DRY_RUN" ] || [ -d "$OUT/kl" ]; then
+    echo "$PYTHON plot.py tradeoff $OUT/kl --x kl_ref --out $OUT/kl.png"
+  fi
+  echo "$PYTHON plot.py table $OUT --out $OUT/table.md"
+}
+
+if [ -n "$DRY_RUN" ]; then
+  for name in $SETS; do
+    $name
+  done
+  plots
 else
-  [ "$JOBS" -gt 1 ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # else runs on one CPU stall one another
-  failed=''
-  commands | tr '\n' '\0' | xargs -0 -P "$JOBS" -n 1 bash -c 'eval "$0"' || failed=1 # the others go on
-  figures | bash -e
-  [ -z "$failed" ] || { echo "a run failed: see above; the figures are of those that ended well" >&2; exit 1; }
+  # two threads each would stall one another
+  [ "$JOBS" -gt 1 ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  failed=""
+  for name in $SETS; do
+    [ "$name" = plots ] && continue
+    $name | tr '\n' '\0' | xargs -0 -r -P "$JOBS" -n 1 bash -c || failed=yes
+  done
+  plots | bash -e
+  if [ -n "$failed" ]; then
+    echo "a run failed, see above; the figures show those that ended well" >&2
+    exit 1
+  fi
 fi
