@@ -39,7 +39,6 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -143,8 +142,8 @@ class Args:
 def make_schedule(scheduler, num_steps, device):
     """The DDPM chain over `num_steps` timesteps of a diffusers scheduler, first step to last.
 
-    tables (5, T): abar_t, abar_{t-1}, alpha_t, beta_t, sigma_t; sigma (T,) again by its own name;
-    noisy_steps: the steps with sigma > 0; alphas_cumprod (num_train_timesteps,): abar of them all.
+    tables (5, T): abar_t, abar_{t-1}, alpha_t, beta_t, sigma_t; sigma (T,): its last row;
+    noisy_steps: the steps with sigma > 0; alphas_cumprod: abar of all training timesteps.
     """
     scheduler.set_timesteps(num_steps)
     alphas_cumprod = scheduler.alphas_cumprod.double()
@@ -183,6 +182,7 @@ def ddpm_step(noise_pred, latents, step, schedule, next_latents=None, noise=None
     dimensions: only for that does a clip range of 1e-4 make sense, and the sum over the 16,384
     dimensions of Stable Diffusion overflows exp. It is 0 for a deterministic step (sigma = 0).
     """
+    # (N, 1, 1, 1) each
     abar, abar_prev, alpha, beta, sigma = schedule.tables[:, step, None, None, None]
 
     if schedule.prediction_type == "epsilon":
@@ -194,7 +194,7 @@ def ddpm_step(noise_pred, latents, step, schedule, next_latents=None, noise=None
     if next_latents is None:
         next_latents = mean + sigma * noise
 
-    scale = torch.where(sigma > 0, sigma, 1.0)
+    scale = torch.where(sigma > 0, sigma, 1.0)  # a deterministic step would divide 0 by 0
     log_density = (
         -0.5 * ((next_latents - mean) / scale) ** 2 - scale.log() - 0.5 * math.log(2 * math.pi)
     )
@@ -216,7 +216,7 @@ def sample_trajectories(unet, embeds, noise, schedule, args):
         step = torch.full((len(latents),), i, device=args.device)
         t = schedule.timesteps[step]
 
-        # as many rows per forward as in training: other sizes round differently
+        # in microbatches as in training, see choose_micro_batch
         noise_preds = []
         for start in range(0, len(latents), args.micro_batch):
             rows = slice(start, start + args.micro_batch)
@@ -231,9 +231,9 @@ def sample_trajectories(unet, embeds, noise, schedule, args):
 
     trajectory = torch.stack(trajectory, dim=1)
     log_probs = torch.stack(log_probs, dim=1)
-    finite = trajectory[:, 1:].flatten(2).isfinite().all(dim=2) & log_probs.isfinite()  # (N, T)
-    if not finite.all():
-        step = (~finite).any(dim=0).nonzero()[0].item() + 1
+    is_finite = trajectory[:, 1:].flatten(2).isfinite().all(dim=2) & log_probs.isfinite()  # (N, T)
+    if not is_finite.all():
+        step = (~is_finite).any(dim=0).nonzero()[0].item() + 1
         raise FloatingPointError(f"latents are not finite from step {step} of {args.num_steps} on")
     return trajectory, log_probs
 
@@ -307,8 +307,10 @@ def accumulate_gradients(unet, rollout, schedule, scaler, args):
     has_weight = (rollout["weights"][:, None] > 1e-7).expand(rollout["timesteps"].shape)
     pairs = has_weight.nonzero()  # (num_pairs, 2)
     metrics = defaultdict(list)
-    for pair in pairs.split(args.micro_batch) if len(pairs) > 0 else []:
-        i, draw = pair.unbind(dim=1)
+    for chunk in pairs.split(args.micro_batch):
+        if len(chunk) == 0:  # no sample of this process has a weight
+            break
+        i, draw = chunk.unbind(dim=1)
         t = rollout["timesteps"][i, draw]
         noise = rollout["noise"][i, draw]
         embeds = rollout["embeds"][:, i]
@@ -339,13 +341,13 @@ def accumulate_gradients(unet, rollout, schedule, scaler, args):
 
 
 def fail(message):
-    """End with one line and exit code 2, for what the user can put right."""
+    """End with one line and exit code 2: for errors that the user can fix."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def parse_args(command_line=None):
-    """The flags; with --resume those of that run, of which only a few can be given anew."""
+    """The flags; with --resume those of that run, of which only a few can be changed."""
     args = tyro.cli(Args, description=__doc__, args=command_line)
     if args.resume is None:
         return args
@@ -353,8 +355,9 @@ def parse_args(command_line=None):
         metadata = json.loads(Path(args.resume, "args.json").read_text())
         if metadata["script"] != Path(__file__).stem:
             fail(f"--resume {args.resume}: it is a run of {metadata['script']}.py")
-        saved = Args(**metadata["args"] | {"resume": args.resume})
+        saved = Args(**metadata["args"])
         saved.adam_betas = tuple(saved.adam_betas)
+        saved.resume = args.resume
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"--resume {args.resume}: it has no args.json of this script ({error})")
 
@@ -367,7 +370,7 @@ def parse_args(command_line=None):
 
 
 def init_processes(args):
-    """Settle --device; (rank, world_size) under torchrun, one process per GPU, else (0, 1)."""
+    """Resolve --device; (rank, world_size) under torchrun, one process per GPU, else (0, 1)."""
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if not dist.is_torchelastic_launched():
@@ -399,16 +402,18 @@ def average_gradients(unet):
 
 
 def check_args(args):
-    """Refuse what no script can use, and settle --model and --precision."""
-    positive = ("iterations", "save_every", "num_samples", "num_steps", "num_updates", "lr")
-    not_negative = ("seed", "lora_rank", "guidance_scale", "weight_decay", "adam_eps")
+    """Refuse what no script can use, and resolve --model and --precision."""
+    positive = ["iterations", "save_every", "num_samples", "num_steps", "num_updates"]
+    positive += ["lr", "max_grad_norm"]
+    not_negative = ["seed", "guidance_scale", "weight_decay", "adam_eps", "micro_batch"]
+    if args.lora_rank is not None:
+        not_negative.append("lora_rank")
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        if name in (*positive, "max_grad_norm") and not 0 < value < 1e30:
+        if name in positive and not 0 < value < 1e30:
             fail(f"{flag}: must be a finite number greater than 0")
-        if name in (*not_negative, "micro_batch") and value is not None:
-            if not 0 <= value < 2**63:
-                fail(f"{flag}: must be a finite number, 0 or greater")
+        if name in not_negative and not 0 <= value < 2**63:
+            fail(f"{flag}: must be a finite number, 0 or greater")
     if not all(0 <= beta < 1 for beta in args.adam_betas):
         fail(f"--adam-betas {args.adam_betas}: both must be at least 0 and below 1")
     try:
@@ -430,13 +435,14 @@ def check_args(args):
 
 def load_prompts(args):
     """The list of prompts; a resumed run reads the copy in its own folder."""
-    path = Path(args.resume, "prompts.txt") if args.resume else Path(args.prompts)
-    if args.prompts == "animals" and not args.resume:
+    source = str(Path(args.resume, "prompts.txt")) if args.resume else args.prompts
+    if source == "animals":
         return ANIMALS.split()
-    if args.prompts == "imagenet" and not args.resume:
+    if source == "imagenet":
         from torchvision.models import ResNet50_Weights
 
         return ResNet50_Weights.DEFAULT.meta["categories"][:398]
+    path = Path(source)
     if path.suffix in (".csv", ".json", ".jsonl"):
         fail(f"--prompts {path}: write a text file with one prompt per line")
     try:
@@ -468,8 +474,8 @@ def check_model(args):
     Returns its scheduler and the shape of a latent, (C, H, W).
     """
 
-    def refuse(found, problem):
-        if found:
+    def refuse(condition, problem):
+        if condition:
             fail(f"--model {args.model}: {problem}")
 
     kind = read_json(args, "model_index.json").get("_class_name")
@@ -494,10 +500,15 @@ def check_model(args):
     size = unet.get("sample_size")
     refuse(size is None, "its UNet's config has no sample_size")
     height, width = size if isinstance(size, list) else (size, size)
-    for part in ("unet", "vae", "text_encoder") if os.path.isdir(args.model) else ():
-        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-        found = list(Path(args.model, part).glob(f"{stem}.safetensors*"))  # or its index of shards
-        refuse(not found, f"no {part}/{stem}.safetensors (.bin files and fp16 variants do not do)")
+    if os.path.isdir(args.model):
+        files = [
+            "unet/diffusion_pytorch_model",
+            "vae/diffusion_pytorch_model",
+            "text_encoder/model",
+        ]
+        for file in files:
+            found = list(Path(args.model).glob(f"{file}.safetensors*"))  # or an index of shards
+            refuse(not found, f"no {file}.safetensors (.bin and fp16 files are not supported)")
 
     # the scheduler defines a DDPM chain
     refuse("beta_schedule" not in config, f"{config.get('_class_name')} has no DDPM chain (betas)")
@@ -505,22 +516,22 @@ def check_model(args):
     refuse(target not in ("epsilon", "v_prediction"), f"it predicts {target}, not epsilon or v")
     refuse(config.get("thresholding"), "its scheduler thresholds x_0: a step is not Gaussian")
     zero_snr = config.get("rescale_betas_zero_snr")
-    refuse(zero_snr and target == "epsilon", "zero terminal SNR needs v: epsilon is x_T at first")
+    refuse(zero_snr and target == "epsilon", "epsilon is undefined at zero terminal SNR, abar = 0")
 
     # as StableDiffusionPipeline treats them, whatever the file says
     total = config.get("num_train_timesteps", 1000)
     if args.num_steps >= total:
-        fail(f"--num-steps {args.num_steps}: the scheduler has {total - 1}")
+        fail(f"--num-steps {args.num_steps}: at most {total - 1}")
     scheduler = DDIMScheduler.from_config(config, steps_offset=1, clip_sample=False)
     scheduler.set_timesteps(args.num_steps)
     first = scheduler.timesteps[0].item()
     if first < 0.9 * total - total / args.num_steps:  # at 400 of 1000 steps it begins at 799
-        fail(f"--num-steps {args.num_steps}: the chain would begin at {first}; divide {total}")
+        fail(f"--num-steps {args.num_steps}: the chain would begin at timestep {first} of {total}")
     return scheduler, (channels, height, width)
 
 
 def choose_micro_batch(args, latent_shape, num_samples, num_pairs):
-    """Settle --micro-batch: the most pairs per forward pass that fit and that divide `num_pairs`.
+    """Resolve --micro-batch: the most pairs per forward pass that fit and divide `num_pairs`.
 
     In half precision it divides the samples too: other batch sizes run other kernels, and the
     ratio of the first update would not be 1. In fp32 that changes a log-prob by 1e-6 at the most.
@@ -532,12 +543,11 @@ def choose_micro_batch(args, latent_shape, num_samples, num_pairs):
         limit = min(100, 2**17 // math.prod(latent_shape))
         if args.device.startswith("cuda"):
             memory = torch.cuda.get_device_properties(args.device).total_memory / 2**30
-            if args.lora_rank == 0:  # weights, gradients and AdamW of Stable Diffusion
-                memory -= 16
+            if args.lora_rank == 0:  # weights, gradients and AdamW of Stable Diffusion: 14 GiB
+                memory = max(memory - 16, memory / 4)
             limit = int(memory / 2.5 * 2**14 / math.prod(latent_shape))  # at 24 GiB: 9
     common = num_pairs if args.precision == "fp32" else math.gcd(num_samples, num_pairs)
-    divisors = [n for n in range(1, common + 1) if common % n == 0]
-    args.micro_batch = max(n for n in divisors if n <= max(limit, 1))
+    args.micro_batch = max(n for n in range(1, max(limit, 1) + 1) if common % n == 0)
 
 
 def load_model(args):
@@ -571,6 +581,7 @@ def load_model(args):
 
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    # float32 in and out, the layers between in half precision
     device_type = torch.device(args.device).type
     if device_type == "cuda":
         unet.to(memory_format=torch.channels_last)
@@ -583,14 +594,14 @@ def load_model(args):
 
 def open_run(args, pipe, prompts, score):
     """Make the run folder, or check the one of --resume. Returns its path."""
-    weights = hashlib.sha256()  # a fingerprint: the first numbers of each pretrained tensor
+    fingerprint = hashlib.sha256()  # of the first numbers of each pretrained tensor
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         for name, tensor in part.state_dict().items():
             if "lora_" not in name:
-                weights.update(tensor.flatten()[:1000].float().cpu().numpy().tobytes())
+                fingerprint.update(tensor.flatten()[:1000].float().cpu().numpy().tobytes())
     if args.resume:
         metadata = json.loads(Path(args.resume, "args.json").read_text())
-        if metadata["weights"] != weights.hexdigest():
+        if metadata["weights"] != fingerprint.hexdigest():
             fail(f"--resume {args.resume}: it started from other weights than {args.model}")
         return Path(args.resume)
 
@@ -617,9 +628,9 @@ def open_run(args, pipe, prompts, score):
         "args": asdict(args),
         "command": shlex.join(sys.argv),
         "git": commit,
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "versions": {lib.__name__: lib.__version__ for lib in (torch, diffusers, transformers)},
         "gpu": torch.cuda.get_device_name(args.device) if "cuda" in args.device else "",
-        "weights": weights.hexdigest(),
+        "weights": fingerprint.hexdigest(),
     }
     if Path(args.model).is_relative_to(HERE):
         metadata["args"]["model"] = str(Path(args.model).relative_to(HERE))
@@ -649,7 +660,7 @@ def writing_to(run):
 def save_checkpoint(run, pipe, params, optimizer, state, args):
     """lora/ or unet/ for diffusers, then checkpoint/state.pt for --resume, renamed when whole."""
     if not all(p.isfinite().all() for p in params.values()):
-        fail(f"the weights are not finite: lower --lr. {run}/checkpoint has the last good ones")
+        fail("the weights are not finite and are not saved: lower --lr or use --precision fp32")
     if args.lora_rank > 0:
         pipe.save_lora_weights(run / "lora", get_peft_model_state_dict(pipe.unet))
     else:
@@ -669,18 +680,18 @@ def load_checkpoint(run, params, optimizer):
     """Restore weights and optimizer in place. Returns the state, None where nothing was saved."""
     path = run / "checkpoint/state.pt"
     if not path.exists():
-        print(f"{run} has no checkpoint: it starts again")
+        print(f"{run} has no checkpoint: starting from the beginning")
         return None
     try:
         if zipfile.ZipFile(path).testzip() is not None:  # torch does not compare checksums
             raise ValueError("wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for name, p in params.items():
-            p.data.copy_(checkpoint["weights"][name])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        return checkpoint["state"]
     except Exception as error:  # whatever a damaged file makes torch raise
         fail(f"{path} is damaged: put back a copy or start a new run ({type(error).__name__})")
+    for name, p in params.items():
+        p.data.copy_(checkpoint["weights"][name])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["state"]
 
 
 def write_metrics(run, rows):
@@ -722,7 +733,7 @@ def score_pictures(score, images, prompts, run):
     try:
         return score(images, prompts)
     except RewardError:
-        print(f"once the reward works, go on with: {resume_command(run)}", file=sys.stderr)
+        print(f"once the reward works, resume with: {resume_command(run)}", file=sys.stderr)
         raise
 
 
@@ -737,8 +748,9 @@ def evaluate(pipe, run, iteration, prompts, score, alignment, schedule, latent_s
     generators = [make_generator(0, 0, i, 1) for i in range(len(eval_prompts))]
     latents, _, _ = run_policy(pipe, eval_prompts, generators, latent_shape, schedule, args)
     images = decode(pipe.vae, latents[:-1, -1])
-    steps = [1] + [max(1, k * args.num_steps // 5) for k in range(1, 6)]  # Figure 4: 0 9 ... 49
-    strip = decode(pipe.vae, latents[-1, steps])
+    # after steps 0 9 19 29 39 49 of 50, as in Figure 4; latents[:, k] is x after k steps
+    counts = [1] + [max(1, k * args.num_steps // 5) for k in range(1, 6)]
+    strip = decode(pipe.vae, latents[-1, counts])
 
     with writing_to(run):
         for folder, pictures, rows in (("images", images, 2), ("trajectory", strip, 1)):
@@ -789,9 +801,9 @@ def stop_signals():
     received = []
 
     def receive(number, frame):
-        if received and time.time() - received[0] > 1:  # torchrun repeats the first one
+        if received:
             sys.exit(128 + number)
-        received.append(time.time())
+        received.append(number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so do we
@@ -818,7 +830,7 @@ def main(args):
     num_samples = args.num_samples // world_size  # of this process
     num_pairs = num_samples * args.num_steps
     choose_micro_batch(args, latent_shape, num_samples, num_pairs)
-    print(f"{args.model} on {world_size} x {args.device} in {args.precision}")
+    print(f"{args.model} on {world_size} x {args.device.split(':')[0]} in {args.precision}")
     print(
         f"{args.num_samples} samples of {args.num_steps} steps; {args.num_updates} updates of "
         f"{num_pairs * world_size} pairs, {args.micro_batch} per forward pass"
@@ -837,10 +849,10 @@ def main(args):
     trained = sum(p.numel() for p in params.values())
     print(f"{kind}: {trained / 1e6:.2f} M of {pipe.unet.num_parameters() / 1e6:.1f} M parameters")
     limit = pipe.tokenizer.model_max_length
-    lengths = [len(ids) for ids in pipe.tokenizer(prompts).input_ids]
-    if max(lengths) > limit:
+    num_long = sum(len(ids) > limit for ids in pipe.tokenizer(prompts).input_ids)
+    if num_long > 0:
         print(
-            f"prompts with more than {limit} tokens are cut there; the longest has {max(lengths)}"
+            f"{num_long} of {len(prompts)} prompts have more than {limit} tokens and are cut there"
         )
     optimizer = torch.optim.AdamW(
         params.values(),
@@ -851,7 +863,7 @@ def main(args):
         fused=args.device.startswith("cuda"),
     )
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    scaler.scale(torch.zeros((), device=args.device))  # makes its scale, also without any pair
+    scaler.scale(torch.zeros((), device=args.device))  # sets it up in a process without pairs too
 
     # open the run; row 0 of its metrics is the pretrained model
     run = gather(open_run(args, pipe, prompts, score) if rank == 0 else None)[0]
@@ -866,8 +878,11 @@ def main(args):
     rows = state["rows"]
     done = rows[-1]["iteration"]
     tracker = init_tracking(run, args) if args.track and rank == 0 else None
-    stop = stop_signals()
+    if tracker is not None:
+        tracker.log(rows[-1], step=done)
+    signals = stop_signals()
 
+    # None: no bar where the output is not a terminal
     progress = tqdm(initial=done, total=args.iterations, disable=None if rank == 0 else True)
     for iteration in range(done + 1, args.iterations + 1):
         # sample: process r draws the samples r, r + world_size, ...
@@ -908,14 +923,14 @@ def main(args):
             info = accumulate_gradients(pipe.unet, rollout, schedule, scaler, args)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(params.values(), args.max_grad_norm).item()
-            finite = math.isfinite(grad_norm)  # in all processes or in none
-            if finite:
+            is_finite = math.isfinite(grad_norm)  # in all processes or in none
+            if is_finite:
                 scaler.step(optimizer)
             scaler.update()
-            state["skipped"] = 0 if finite else state["skipped"] + 1
+            state["skipped"] = 0 if is_finite else state["skipped"] + 1
             if state["skipped"] == 10:
                 sys.exit("10 updates in a row were not finite: lower --lr or use --precision fp32")
-            updates.append({**info, "grad_norm": grad_norm, "skipped": float(not finite)})
+            updates.append({**info, "grad_norm": grad_norm, "skipped": float(not is_finite)})
         train_time = time.time()
 
         # log
@@ -925,12 +940,12 @@ def main(args):
             "reward_mean": float(rewards.mean()),
             "reward_std": float(rewards.std()),
         }
-        for name, values in reward_parts.items():
-            if len(reward_parts) > 1:
+        if len(reward_parts) > 1:
+            for name, values in reward_parts.items():
                 row[f"reward_{name}"] = float(np.mean(gather(values)))
-        updates = sum(gather(updates), [])  # of all processes
+        all_updates = sum(gather(updates), [])  # of all processes
         for name in ("loss", "mse", "grad_norm", "skipped"):
-            values = [update[name] for update in updates if name in update]
+            values = [update[name] for update in all_updates if name in update]
             if values:
                 row[name] = float(np.mean(values))
         row |= weight_metrics
@@ -940,7 +955,7 @@ def main(args):
         row["images_per_s"] = args.num_samples / row["sample_s"]
         row["peak_mem_gb"] = psutil.Process().memory_info().rss / 1e9
         if args.device.startswith("cuda"):
-            row["peak_mem_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            row["peak_mem_gb"] = torch.cuda.max_memory_allocated(args.device) / 1e9
         rows.append(row)
         seconds = train_time - start
         left = seconds * (args.iterations - iteration) / 60
@@ -950,7 +965,8 @@ def main(args):
         progress.update()
 
         # evaluate and save
-        last = iteration == args.iterations or any(gather(bool(stop)))  # the same in all processes
+        stopped = any(gather(bool(signals)))  # the same in all processes
+        last = iteration == args.iterations or stopped
         save = last or iteration % args.save_every == 0
         if rank == 0 and save:
             row |= evaluate(
@@ -970,12 +986,13 @@ def main(args):
         if last:
             break
 
+    progress.close()
     if rank == 0:
         save_before_after(run, rows[-1]["iteration"])
         before, after = rows[0]["eval_reward"], rows[-1]["eval_reward"]
         print(f"{args.reward}: {before:.3f} -> {after:.3f} on fixed prompts and noise; see {run}")
         if rows[-1]["iteration"] < args.iterations:
-            print(f"go on with: {resume_command(run)}")
+            print(f"resume with: {resume_command(run)}")
     if dist.is_initialized():
         dist.destroy_process_group()
     return run
@@ -985,8 +1002,6 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except FloatingPointError as error:
-        fail(
-            f"{error}. Use --precision fp32 or a lower --lr; a checkpoint keeps the last good ones"
-        )
+        fail(f"{error}. Try --precision fp32 or a lower --lr; the last checkpoint is intact")
     except torch.OutOfMemoryError:
         fail("out of GPU memory: use a smaller --micro-batch, or --gradient-checkpointing")
