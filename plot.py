@@ -659,8 +659,8 @@ def show_range(values):
 def make_table(runs, iteration=None):
     """A row per setting: first and last evaluation, mean +- standard deviation (ddof = 1).
 
-    eval_reward_se is the mean over seeds of the last evaluation's standard error, "-" for runs of
-    before it was recorded. Minutes are sampling, reward and training.
+    eval_reward_se is the mean over seeds of the last evaluation's standard error, "-" for old runs,
+    which lack it. Minutes are sampling, reward and training.
     """
     rows = []
     without = []
@@ -810,7 +810,7 @@ def make_equal_table(runs, baseline="ddpo_is", iteration=None):
     if not rows:
         raise PlotError(f"nothing to compare with {baseline_label} in {name_folders(runs)}")
     if outside > 0:
-        say(f"left out: {outside} runs, whose reward is outside the range of {baseline_label}'s")
+        say(f"left out, as their reward is outside the range of {baseline_label}: {outside} run(s)")
     return rows
 
 
@@ -826,7 +826,7 @@ def show_differences(differences, left_out, baseline_label):
     reasons = [f"{seed}: {reason}" for seed, reason in left_out.items()]
     return {
         "n": str(len(differences)),
-        f"CLIP score minus {baseline_label}'s, by seed": ", ".join(each),
+        f"CLIP score minus that of {baseline_label}, by seed": ", ".join(each),
         "mean": f"{mean:+.1f}" if differences else "-",
         "95 % interval": f"{low:+.1f} to {high:+.1f}" if len(differences) > 1 else "-",
         "verdict": verdict,

@@ -398,10 +398,7 @@ def parse(spec):
     terms = []
     rest = spec.strip()
     while rest or not terms:
-        sign, rest = take(r"[+-]", rest)
-        if terms and not sign:
-            raise unreadable(rest, spec)
-
+        sign, rest = take(r"[+-]", rest)  # from the second term on there is one: see END
         factor, rest = take(WEIGHT, rest)
         weight = float(factor.removesuffix("*") or 1)
         if sign == "-":

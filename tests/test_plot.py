@@ -5,6 +5,7 @@ is tested at the end.
 """
 
 import csv
+import glob
 import importlib
 import json
 import math
@@ -144,11 +145,13 @@ def test_curves_are_the_mean_and_the_standard_deviation_over_seeds(tmp_path):
 
 
 def test_a_panel_for_each_task_and_no_band_around_one_run(tmp_path):
-    make_run(tmp_path, task="incompress")
-    make_run(tmp_path, task="compress")
+    for task in ("mine.py:redness", "aesthetic", "incompress", "compress"):
+        make_run(tmp_path, task=task)
     make_run(tmp_path, task="compress", seed=2)
-    first, second = plot.draw_curves(plot.load_runs([tmp_path])).axes
-    assert (first.get_title(), second.get_title()) == ("compress", "incompress")
+    axes = plot.draw_curves(plot.load_runs([tmp_path])).axes
+    titles = [ax.get_title() for ax in axes]
+    assert titles == ["compress", "incompress", "aesthetic", "mine.py:redness"]
+    first, second, *_ = axes
     assert list(lines(second)) == ["DDPO-IS (n = 1)"]
     assert len(first.collections) == 1
     assert len(second.collections) == 0
@@ -250,7 +253,7 @@ def test_another_learning_rate_is_a_line_of_its_own(tmp_path):
 
 
 def test_a_sweep_is_in_the_order_of_its_values_each_in_its_colour(tmp_path):
-    for coefficient in (0.01, 0.0, 10.0, 0.003):
+    for coefficient in (0.01, 0.0, 10.0, 0.003, 2.0):
         make_run(tmp_path, script="ddpo_iskl", kl_coef=coefficient)
     for script in SCRIPTS:
         make_run(tmp_path, script=script, kl_coef=0.01, seed=2)
@@ -263,6 +266,7 @@ def test_a_sweep_is_in_the_order_of_its_values_each_in_its_colour(tmp_path):
         "DDPO-ISKL, kl coef 0",
         "DDPO-ISKL, kl coef 3e-3",
         "DDPO-ISKL, kl coef 0.01",
+        "DDPO-ISKL, kl coef 2",
         "DDPO-ISKL, kl coef 10",
         "RWR",
         "sparse RWR",
@@ -275,8 +279,10 @@ def test_a_sweep_is_in_the_order_of_its_values_each_in_its_colour(tmp_path):
 
 
 def test_what_changes_no_result_is_no_other_setting(tmp_path):
-    make_run(tmp_path, seed=1, model="models/emoji", save_every=10, micro_batch=64, compile=False)
-    make_run(tmp_path, seed=2, model="../models/emoji/", save_every=5, micro_batch=8, compile=True)
+    ours = {"model": "models/emoji", "iterations": 20, "save_every": 10, "micro_batch": 64}
+    theirs = {"model": "../models/emoji/", "iterations": 70, "save_every": 5, "micro_batch": 8}
+    make_run(tmp_path, seed=1, compile=False, **ours)
+    make_run(tmp_path, seed=2, compile=True, **theirs)
     assert only(plot.group_runs(plot.load_runs([tmp_path]))).label == "DDPO-IS"
 
 
@@ -315,6 +321,7 @@ def test_tradeoff_shows_mean_paths(tmp_path):
     np.testing.assert_allclose(y, [1, 2.5, 6])
     ends = [marker.get_offsets().tolist() for marker in ax.collections[-2:]]
     assert ends == [[[53, 6]], [[80, 1]]]  # the large marker and the ring
+    assert ax.get_xscale() == "linear"
     _, _, bars = only(ax.containers)
     horizontal, vertical = [bar.get_segments()[0] for bar in bars]
     np.testing.assert_allclose(np.ptp(horizontal, axis=0), [2 * math.sqrt(98), 0])
@@ -387,8 +394,13 @@ def test_the_envelope_has_the_evaluations_that_are_better_than_all_before():
 
 
 def make_pair(tmp_path, seed, reward, align, start=1.0):
-    """A baseline with the envelope (1, 80), (2, 60), (3, 40), and an ISKL run that ends there."""
+    """A baseline and an ISKL run that ends with this reward and CLIP score.
+
+    The baseline's envelope is (1, 80), (2, 60), (3, 40); for seed 2 the last two are 10 lower.
+    """
     path = {0: (1, 80), 10: (2, 60), 20: (1.5, 99), 30: (3, 40)}
+    if seed == 2:
+        path = {0: (1, 80), 10: (2, 50), 20: (1.5, 99), 30: (3, 30)}
     make_run(tmp_path, seed=seed, evaluations=path)
     path = {0: (start, 80), 10: (1, 70), 20: (reward, align)}
     make_run(tmp_path, script="ddpo_iskl", seed=seed, evaluations=path)
@@ -396,14 +408,14 @@ def make_pair(tmp_path, seed, reward, align, start=1.0):
 
 def test_equal_compares_with_the_baseline_of_the_seed_at_the_same_reward(tmp_path):
     make_pair(tmp_path, seed=1, reward=2.5, align=58)  # the baseline has 50 there
-    make_pair(tmp_path, seed=2, reward=1.25, align=77)  # 75
+    make_pair(tmp_path, seed=2, reward=1.5, align=67)  # 65
     row = only(plot.make_equal_table(plot.load_runs([tmp_path])))
     assert row == {
         "task": "compress",
         "setting": "DDPO-ISKL",
         "iteration": "20",
         "n": "2",
-        "CLIP score minus DDPO-IS's, by seed": "1: +8.0, 2: +2.0",
+        "CLIP score minus that of DDPO-IS, by seed": "1: +8.0, 2: +2.0",
         "mean": "+5.0",
         "95 % interval": "-33.1 to +43.1",  # 5 -+ 12.7062 * 4.2426 / sqrt(2)
         "verdict": "not significant",
@@ -412,7 +424,7 @@ def test_equal_compares_with_the_baseline_of_the_seed_at_the_same_reward(tmp_pat
 
 
 def test_equal_calls_an_interval_without_zero_significant(tmp_path):
-    for seed, align in [(1, 52), (2, 53), (3, 54)]:
+    for seed, align in [(1, 52), (2, 43), (3, 54)]:
         make_pair(tmp_path / "more", seed=seed, reward=2.5, align=align)
         make_pair(tmp_path / "less", seed=seed, reward=2.5, align=align - 6)
     more = only(plot.make_equal_table(plot.load_runs([tmp_path / "more"])))
@@ -432,7 +444,7 @@ def test_equal_leaves_out_what_the_baseline_never_reached_and_says_so(tmp_path, 
     assert row["left out"] == "2: above, 3: below, 4: another start, 5: no baseline"
     assert (row["n"], row["mean"], row["95 % interval"]) == ("1", "+1.0", "-")
     assert row["verdict"] == "not significant"
-    assert "left out: 2 runs, whose reward is outside the range" in capsys.readouterr().err
+    assert "their reward is outside the range of DDPO-IS: 2 run(s)" in capsys.readouterr().err
 
 
 def test_equal_at_an_earlier_iteration(tmp_path):
@@ -694,6 +706,10 @@ def test_what_cannot_be_shown_is_one_line_and_exit_code_2(tmp_path, capsys, name
     for folder in (tmp_path / "empty", tmp_path / "nowhere"):
         assert refusal(capsys, name, folder) == f"error: {folder}: no run folder here"
     folder = make_run(tmp_path)
+    text = (folder / "args.json").read_text()
+    (folder / "args.json").unlink()
+    assert refusal(capsys, name, folder) == f"error: {folder}: no args.json"
+    (folder / "args.json").write_text(text)
     replace_in(folder / "metrics.csv", "eval_reward", "eval_other")
     if name == "curves":
         line = refusal(capsys, name, folder, "--metric", "beauty")
@@ -800,21 +816,44 @@ def plan(tmp_path, *words, **environment):
     return run_commands, plot_commands
 
 
-def test_figures_sh_plans_commands_that_are_accepted(tmp_path):
-    run_commands, plot_commands = plan(tmp_path)
+def parse_run(words):
+    """The script and the arguments of a planned run."""
+    _, file, *flags = words
+    script = file.removesuffix(".py")
+    return script, tyro.cli(importlib.import_module(script).Args, args=flags)
+
+
+def test_figures_sh_plans_runs_that_the_scripts_accept(tmp_path):
+    run_commands, _ = plan(tmp_path)
     counts = Counter()
-    for _, script, *words in run_commands:
-        module = importlib.import_module(script.removesuffix(".py"))
-        args = tyro.cli(module.Args, args=words)
+    for words in run_commands:
+        _, args = parse_run(words)
         assert (args.num_steps, args.model) == (50, "models/emoji")
         folder = Path(args.out)
         assert folder.is_relative_to(tmp_path / "runs")
         counts[folder.parent.name] += 1
     assert (counts["table1"], counts["bad_lr"]) == (30, 5)
     assert len({tuple(words) for words in run_commands}) == sum(counts.values())
+
+
+def test_figures_sh_makes_its_figures_from_its_runs(tmp_path, capsys):
+    run_commands, plot_commands = plan(tmp_path, SEEDS="1 2")
+    for words in run_commands:
+        script, args = parse_run(words)
+        changes = dict(vars(args))
+        seed = changes.pop("seed")
+        folder = make_run(Path(args.out), script, args.reward, seed, **changes)
+        if seed == 1:
+            add_pictures(folder, "images", 0, np.zeros((2, 32)))
+            for iteration in (0, 50, 100, 200):
+                add_pictures(folder, "trajectory", iteration, np.zeros((1, 6)))
+    assert len(plot_commands) > 5
     for _, _, *words in plot_commands:
-        commands = plot.Curves | plot.Tradeoff | plot.Equal | plot.Table
-        tyro.cli(commands | plot.Progress | plot.Trajectory, args=words)
+        expanded = []
+        for word in words:
+            expanded += sorted(glob.glob(word)) if "*" in word else [word]
+        written = main(capsys, *expanded).out.strip()
+        assert Path(written).stat().st_size > 0
 
 
 def test_figures_sh_on_a_gpu_takes_the_papers_model_and_tasks(tmp_path):
