@@ -639,11 +639,11 @@ def open_run(args, pipe, prompts, score):
     if Path(args.model).is_relative_to(HERE):
         metadata["args"]["model"] = str(Path(args.model).relative_to(HERE))
     with writing_to(run):
-        (run / "args.json").write_text(json.dumps(metadata, indent=2))
         (run / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
         save_user_files(score, run / "reward")
         shutil.copy(__file__, run)
         shutil.copy(HERE / "rewards.py", run)
+        (run / "args.json").write_text(json.dumps(metadata, indent=2))  # last: all is there
     return run
 
 
@@ -737,7 +737,8 @@ def score_pictures(score, images, prompts, run):
     try:
         return score(images, prompts)
     except RewardError:
-        print(f"once the reward works, resume with: {resume_command(run)}", file=sys.stderr)
+        mend = f"mend the reward (your own file: its copy in {run}/reward)"
+        print(f"{mend}, then resume with: {resume_command(run)}", file=sys.stderr)
         raise
 
 

@@ -262,8 +262,9 @@ def check_algorithm(args, world_size):
     """Refuse what this algorithm cannot use."""
     if not 0 <= args.beta < math.inf:
         fail(f"--beta {args.beta}: must be 0 or greater")
-    if args.samples_per_prompt < 2:
-        fail(f"--samples-per-prompt {args.samples_per_prompt}: with one, every weight would be 1")
+    least = 2  # with one sample per prompt every weight would be 1
+    if args.samples_per_prompt < least:
+        fail(f"--samples-per-prompt {args.samples_per_prompt}: must be at least {least}")
     if args.num_samples % args.samples_per_prompt > 0 or args.num_samples % world_size > 0:
         fail(f"--num-samples {args.num_samples}: not a multiple of --samples-per-prompt, processes")
 
@@ -635,11 +636,11 @@ def open_run(args, pipe, prompts, score):
     if Path(args.model).is_relative_to(HERE):
         metadata["args"]["model"] = str(Path(args.model).relative_to(HERE))
     with writing_to(run):
-        (run / "args.json").write_text(json.dumps(metadata, indent=2))
         (run / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
         save_user_files(score, run / "reward")
         shutil.copy(__file__, run)
         shutil.copy(HERE / "rewards.py", run)
+        (run / "args.json").write_text(json.dumps(metadata, indent=2))  # last: all is there
     return run
 
 
@@ -733,7 +734,8 @@ def score_pictures(score, images, prompts, run):
     try:
         return score(images, prompts)
     except RewardError:
-        print(f"once the reward works, resume with: {resume_command(run)}", file=sys.stderr)
+        mend = f"mend the reward (your own file: its copy in {run}/reward)"
+        print(f"{mend}, then resume with: {resume_command(run)}", file=sys.stderr)
         raise
 
 
