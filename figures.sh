@@ -157,8 +157,8 @@ plots() {
       "--iteration 0 50 100 200 --out $OUT/figure5.png"
   fi
   if [ -n "$DRY_RUN" ] || [ -d "$OUT/small_lr" ]; then
-    echo "$PYTHON plot.py tradeoff $OUT/table1 $OUT/small_lr --out $OUT/tradeoff.png"
-    echo "$PYTHON plot.py equal $OUT/table1 $OUT/small_lr --out $OUT/equal.md"
+    echo "$PYTHON plot.py tradeoff $OUT/table1 $OUT/small_lr --baseline 'DDPO-IS, lr 3e-4' --out $OUT/tradeoff.png"
+    echo "$PYTHON plot.py equal $OUT/table1 $OUT/small_lr --baseline 'DDPO-IS, lr 3e-4' --out $OUT/equal.md"
   fi
   if [ -n "$DRY_RUN" ] || [ -d "$OUT/kl" ]; then
     echo "$PYTHON plot.py tradeoff $OUT/kl --x kl_ref --out $OUT/kl.png"
