@@ -838,7 +838,7 @@ def to_markdown(rows):
     """Rows {column: text} as a Markdown table."""
     lines = [list(rows[0]), ["---"] * len(rows[0])]
     for row in rows:
-        lines.append([cell.replace("|", r"\|") for cell in row.values()])
+        lines.append(list(row.values()))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -568,6 +568,8 @@ def test_progress_shows_the_first_noise_of_a_prompt_over_training(tmp_path):
     assert titles[:3] == ["iteration 0", "iteration 10", "iteration 20"]
     assert set(titles[3:]) == {""}
     assert figure.axes[0].get_ylabel() == "DDPO-IS\ncompress\nseed 1\nprompt 2"
+    framed = [ax.spines["top"].get_visible() for ax in figure.axes]
+    assert framed == [True] * 6 + [False, True, False] * 2  # seed 2 has iteration 10 alone
     assert shown(plot.draw_progress(runs, columns=2)) == [0, 2]  # evenly spread: 0 and 20
     with pytest.raises(plot.PlotError, match="no prompt 4, its grids show 0 to 3"):
         plot.draw_progress(runs, prompt_index=(4,))

@@ -386,7 +386,7 @@ def test_any_text_is_read_or_refused_in_one_line(spec):
         ("- compress", "-compress"),
         ("incompress + 0.5*compress", "incompress+0.5compress"),
         ("2.0*compress - 1e-7*incompress", "2compress-1e-07incompress"),
-        ("0.12345678901234567*compress", "0.12345678901234568compress"),
+        ("0.123456789012345*compress", "0.123456789012345compress"),
         ("{folder}/a b/my_reward.py:redness", "redness"),
         ("compress - .25*{folder}/a b/my_reward.py:größe", "compress-0.25gr__e"),
     ],
