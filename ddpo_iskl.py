@@ -864,7 +864,8 @@ def main(args):
     num_samples = args.num_samples // world_size  # of this process
     num_pairs = num_samples // args.num_updates * len(schedule.noisy_steps)
     choose_micro_batch(args, latent_shape, num_samples, num_pairs)
-    print(f"{args.model} on {world_size} x {args.device.split(':')[0]} in {args.precision}")
+    device_type = torch.device(args.device).type
+    print(f"{args.model} on {world_size} x {device_type} in {args.precision}")
     print(
         f"{args.num_samples} samples of {args.num_steps} steps; {args.num_updates} updates of "
         f"{num_pairs * world_size} pairs, {args.micro_batch} per forward pass"
@@ -897,7 +898,7 @@ def main(args):
         weight_decay=args.weight_decay,
         fused=args.device.startswith("cuda"),
     )
-    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
+    scaler = torch.amp.GradScaler(device_type, enabled=args.precision == "fp16")
     scaler.scale(torch.zeros((), device=args.device))  # sets it up in a process without pairs too
 
     # open the run; row 0 of its metrics is the pretrained model
