@@ -539,7 +539,8 @@ def test_a_module_that_a_class_imports_when_it_is_made_is_found_and_kept(tmp_pat
     assert files_below(tmp_path / "saved") == ["0/helper.py", "0/r.py"]
 
 
-def test_helpers_of_one_name_are_not_mixed_up(tmp_path):
+def test_helpers_of_one_name_are_not_mixed_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     for folder, value in (("a", 1), ("b", 20)):
         write(tmp_path / folder / "r.py", HELPED)
         write(tmp_path / folder / "helper.py", f"VALUE = {value}")
@@ -567,7 +568,8 @@ def test_a_loaded_module_of_the_name_of_a_helper_is_not_taken_and_stays(tmp_path
 
 
 @pytest.mark.parametrize("end", ["", "1 / 0"])
-def test_loading_leaves_no_trace_in_python_or_the_folder(end, tmp_path):
+def test_loading_leaves_no_trace_in_python_or_the_folder(end, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     path = write(tmp_path / "r.py", f"{HELPED}\n{end}")
     write(tmp_path / "helper.py", "VALUE = 1")
     before = (sys.path.copy(), set(sys.modules) - {"user_reward_0"}, sys.dont_write_bytecode)
@@ -789,7 +791,7 @@ def misbehaving(tmp_path):
 )
 def test_a_reward_that_misbehaves(name, message, misbehaving):
     score = load_reward(f"compress + {misbehaving}:{name}")
-    with pytest.raises(RewardError, match=f"reward '.*misbehaving.py:{name}' {message}") as caught:
+    with pytest.raises(RewardError, match=f"^reward '{misbehaving}:{name}' {message}") as caught:
         score(make_images(4), PROMPTS)
     assert "\n" not in str(caught.value)
 
@@ -816,10 +818,10 @@ def test_a_total_that_is_not_finite_is_refused(factors, number, misbehaving):
 
 
 @pytest.mark.filterwarnings("error")
-def test_overflow_is_an_error_of_ours_and_no_warning(misbehaving):
-    for spec in (f"{misbehaving}:huge", f"1e38*{misbehaving}:hundred", f"1e60*{misbehaving}:row"):
-        with pytest.raises(RewardError):
-            load_reward(spec)(make_images(4), PROMPTS)
+@pytest.mark.parametrize("term", ["{file}:huge", "1e38*{file}:hundred", "1e39*{file}:hundred"])
+def test_overflow_is_told_by_us_and_not_by_a_warning(term, misbehaving):
+    with pytest.raises(RewardError, match="is (inf|nan) for sample"):
+        load_reward(term.format(file=misbehaving))(make_images(4), PROMPTS)
 
 
 def test_a_reward_that_raises_is_called_once_and_its_error_is_the_cause(tmp_path):
