@@ -24,10 +24,12 @@ Black et al., "Training Diffusion Models with Reinforcement Learning", arxiv.org
 """
 
 import csv
+import ctypes
 import hashlib
 import json
 import math
 import os
+import platform
 import shlex
 import shutil
 import signal
@@ -46,6 +48,11 @@ from typing import Literal
 # OpenMP's threads spin while they wait, which stalls a run beside any other busy process.
 # A short spin costs nothing when the run is alone. It must be set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# glibc gives freed memory back to the system and fetches it again in every forward pass, which
+# costs a few percent on a CPU. Let it keep up to 2 GiB.
+if platform.libc_ver()[0] == "glibc":
+    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its largest
 
 import diffusers
 import numpy as np
