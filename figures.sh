@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The exact commands behind every published run and figure. A finished run is skipped, an
+# The exact commands of the whole set of runs and their figures. A finished run is skipped, an
 # unfinished one is resumed, so this script can be interrupted and started again.
 #
 #   ./figures.sh --dry-run             print the commands, run nothing

@@ -125,7 +125,7 @@ def parts(text):
                 section = re.match(r"(?: {4}){1,2}# (\w+)", lines[i])
                 if section and section[1] in SECTIONS:
                     starts[i] = "main: " + section[1]
-        if isinstance(node, ast.If):
+        if isinstance(node, ast.If) and "__name__" in lines[node.lineno - 1]:
             starts[node.lineno - 1] = "__main__"
 
     found = {}
