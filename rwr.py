@@ -89,7 +89,7 @@ class Args:
     prompts: str = "animals"
     """animals (45 names), imagenet (398 animals), or a text file with one prompt per line"""
     seed: int = 1
-    """every random number is a function of (seed, iteration, sample)"""
+    """seeds prompts, noise and LoRA weights; the noise of evaluations does not depend on it"""
     iterations: int = 200
     """rounds of sampling and training"""
     out: str = "runs"
@@ -134,7 +134,7 @@ class Args:
     num_updates: int = 1
     """gradient steps per iteration (N_updates), each on all samples with new noise"""
     micro_batch: int = 0
-    """(sample, step) pairs per forward pass: memory and speed only; 0 = choose"""
+    """at most so many (sample, step) pairs per forward pass: memory and speed only; 0 = choose"""
     # this algorithm
     samples_per_prompt: int = 4
     """samples of each prompt in an iteration, which are compared with each other"""
@@ -240,8 +240,10 @@ def sample_trajectories(unet, embeds, noise, schedule, args):
     log_probs = torch.stack(log_probs, dim=1)
     is_finite = trajectory[:, 1:].flatten(2).isfinite().all(dim=2) & log_probs.isfinite()  # (N, T)
     if not is_finite.all():
-        step = (~is_finite).any(dim=0).nonzero()[0].item() + 1
-        raise FloatingPointError(f"latents are not finite from step {step} of {args.num_steps} on")
+        step = (~is_finite).any(dim=0).nonzero()[0].item()
+        sample = (~is_finite[:, step]).nonzero()[0].item()
+        where = f"from step {step + 1} of {args.num_steps} on (sample {sample})"
+        raise FloatingPointError(f"latents are not finite {where}")
     return trajectory, log_probs
 
 
@@ -318,30 +320,30 @@ def accumulate_gradients(unet, rollout, schedule, scaler, args):
     for chunk in pairs.split(args.micro_batch):
         if len(chunk) == 0:  # no sample of this process has a weight
             break
-        i, draw = chunk.unbind(dim=1)
-        t = rollout["timesteps"][i, draw]
-        noise = rollout["noise"][i, draw]
-        embeds = rollout["embeds"][:, i]
+        index, draw = chunk.unbind(dim=1)
+        t = rollout["timesteps"][index, draw]
+        noise = rollout["noise"][index, draw]
+        embeds = rollout["embeds"][:, index]
 
         # x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Algorithm 1, line 24)
         abar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
-        latents = abar.sqrt() * rollout["latents"][i] + (1 - abar).sqrt() * noise
+        latents = abar.sqrt() * rollout["latents"][index] + (1 - abar).sqrt() * noise
         noise_pred = predict_noise(unet, latents, t, embeds, args.guidance_scale)
         if schedule.prediction_type == "v_prediction":
             noise_pred = abar.sqrt() * noise_pred + (1 - abar).sqrt() * latents
-        loss, info = compute_loss(noise_pred, noise, rollout["weights"][i])
+        loss, info = compute_loss(noise_pred, noise, rollout["weights"][index])
         scaler.scale(loss.sum() / has_weight.numel()).backward()
 
         for name, value in {"loss": loss, **info}.items():
             metrics[name].append(value.detach())
 
     average_gradients(unet)
-    means = {"loss": 0.0}
+    summary = {"loss": 0.0}
     for name, values in metrics.items():
-        means[name] = torch.cat(values).mean().item()
+        summary[name] = torch.cat(values).mean().item()
     if len(pairs) > 0:  # pairs without a weight have a loss of 0
-        means["loss"] = (torch.cat(metrics["loss"]).sum() / has_weight.numel()).item()
-    return means
+        summary["loss"] = (torch.cat(metrics["loss"]).sum() / has_weight.numel()).item()
+    return summary
 
 
 # --------------------------------------------------------------------------------------------------
@@ -378,7 +380,7 @@ def parse_args(command_line=None):
 
 
 def init_processes(args):
-    """Resolve --device; (rank, world_size) under torchrun, one process per GPU, else (0, 1)."""
+    """Resolve --device. Returns (rank, world_size): torchrun has a process per GPU, else (0, 1)."""
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if not dist.is_torchelastic_launched():
@@ -541,6 +543,8 @@ def check_model(args):
 def choose_micro_batch(args, latent_shape, num_samples, num_pairs):
     """Resolve --micro-batch: the most pairs per forward pass that fit and divide `num_pairs`.
 
+    A number that was given is lowered to the next divisor. Otherwise it is the fastest on a CPU (no
+    gain beyond 100), and on a GPU what fits: 2.5 GiB per pair of Stable Diffusion, 2**14 numbers.
     In half precision it divides the samples too: other batch sizes run other kernels, and the
     ratio of the first update would not be 1. In fp32 that changes a log-prob by 1e-6 at the most.
     """
@@ -548,14 +552,15 @@ def choose_micro_batch(args, latent_shape, num_samples, num_pairs):
         fail(f"--num-steps {args.num_steps}: no step of this scheduler has noise")
     limit = args.micro_batch
     if limit == 0:
-        limit = min(100, 2**17 // math.prod(latent_shape))
+        limit = min(100, 2**17 // math.prod(latent_shape))  # 8 pairs of Stable Diffusion
         if args.device.startswith("cuda"):
             memory = torch.cuda.get_device_properties(args.device).total_memory / 2**30
             if args.lora_rank == 0:  # weights, gradients and AdamW of Stable Diffusion: 14 GiB
                 memory = max(memory - 16, memory / 4)
             limit = int(memory / 2.5 * 2**14 / math.prod(latent_shape))  # at 24 GiB: 9
     common = num_pairs if args.precision == "fp32" else math.gcd(num_samples, num_pairs)
-    args.micro_batch = max(n for n in range(1, max(limit, 1) + 1) if common % n == 0)
+    limit = min(max(limit, 1), common)
+    args.micro_batch = max(n for n in range(1, limit + 1) if common % n == 0)
 
 
 def load_model(args):
@@ -589,7 +594,7 @@ def load_model(args):
 
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    # float32 in and out, the layers between in half precision
+    # the layers in half precision; predict_noise makes the output float32 again
     device_type = torch.device(args.device).type
     if device_type == "cuda":
         unet.to(memory_format=torch.channels_last)
@@ -640,7 +645,7 @@ def open_run(args, pipe, prompts, score):
         "gpu": torch.cuda.get_device_name(args.device) if "cuda" in args.device else "",
         "weights": fingerprint.hexdigest(),
     }
-    if Path(args.model).is_relative_to(HERE):
+    if Path(args.model).is_relative_to(HERE):  # found again where the checkout was moved
         metadata["args"]["model"] = str(Path(args.model).relative_to(HERE))
     with writing_to(run):
         (run / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
@@ -668,7 +673,7 @@ def writing_to(run):
 def save_checkpoint(run, pipe, params, optimizer, state, args):
     """lora/ or unet/ for diffusers, then checkpoint/state.pt for --resume, renamed when whole."""
     if not all(p.isfinite().all() for p in params.values()):
-        fail("the weights are not finite and are not saved: lower --lr or use --precision fp32")
+        fail("the weights are not finite and are not saved: start a new run with a lower --lr")
     if args.lora_rank > 0:
         pipe.save_lora_weights(run / "lora", get_peft_model_state_dict(pipe.unet))
     else:
@@ -704,7 +709,9 @@ def load_checkpoint(run, params, optimizer):
 
 def write_metrics(run, rows):
     """metrics.csv: a row per iteration, with blanks where a row lacks a column."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {}
+    for row in rows:
+        columns |= row  # in the order in which they first appear
     with open(run / "metrics.tmp", "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
@@ -737,12 +744,12 @@ def run_policy(pipe, prompts, generators, latent_shape, schedule, args):
 
 
 def score_pictures(score, images, prompts, run):
-    """score(images, prompts); where the reward fails, say how to go on once it works."""
+    """score(images, prompts). Where the reward fails, prints how to resume once it works."""
     try:
         return score(images, prompts)
     except RewardError:
-        mend = f"mend the reward (your own file: its copy in {run}/reward)"
-        print(f"{mend}, then resume with: {resume_command(run)}", file=sys.stderr)
+        fix = f"fix the reward (your own file: its copy in {run}/reward)"
+        print(f"{fix}, then resume with: {resume_command(run)}", file=sys.stderr)
         raise
 
 
@@ -751,30 +758,31 @@ def evaluate(pipe, run, iteration, prompts, score, alignment, schedule, latent_s
 
     Writes their grid to images/ and the denoising of an elephant to trajectory/.
     """
-    count = min(32, len(prompts))
-    chosen = [prompts[i] for i in np.linspace(0, len(prompts) - 1, count).astype(int)] * 2
+    num_prompts = min(32, len(prompts))
+    chosen = [prompts[i] for i in np.linspace(0, len(prompts) - 1, num_prompts).astype(int)] * 2
     eval_prompts = [*chosen, "elephant"]
+    # the same noise in all evaluations of all runs
     generators = [make_generator(0, 0, i, 1) for i in range(len(eval_prompts))]
     latents, _, _ = run_policy(pipe, eval_prompts, generators, latent_shape, schedule, args)
     images = decode(pipe.vae, latents[:-1, -1])
     # after steps 0 9 19 29 39 49 of 50, as in Figure 4; latents[:, k] is x after k steps
-    counts = [1] + [max(1, k * args.num_steps // 5) for k in range(1, 6)]
-    strip = decode(pipe.vae, latents[-1, counts])
+    strip_steps = [1] + [max(1, k * args.num_steps // 5) for k in range(1, 6)]
+    strip = decode(pipe.vae, latents[-1, strip_steps])
 
     with writing_to(run):
         for folder, pictures, rows in (("images", images, 2), ("trajectory", strip, 1)):
-            pictures = [Image.fromarray(picture) for picture in pictures]
-            grid = make_image_grid(pictures, rows=rows, cols=len(pictures) // rows)
+            cells = [Image.fromarray(picture) for picture in pictures]
+            grid = make_image_grid(cells, rows=rows, cols=len(cells) // rows)
             grid.thumbnail((4096, 4096))
             (run / folder).mkdir(exist_ok=True)
             grid.save(run / folder / f"{iteration:04d}.png")
 
     rewards, _ = score_pictures(score, images, chosen, run)
-    difference = (images[:count] / 255 - images[count:] / 255) ** 2
+    squared_difference = (images[:num_prompts] / 255 - images[num_prompts:] / 255) ** 2
     metrics = {
         "eval_reward": float(rewards.mean()),
         "eval_reward_se": float(rewards.std(ddof=1) / math.sqrt(len(rewards))),
-        "eval_diversity": float(np.sqrt(difference.mean(axis=(1, 2, 3))).mean()),
+        "eval_diversity": float(np.sqrt(squared_difference.mean(axis=(1, 2, 3))).mean()),
     }
     if alignment is not None:
         metrics["eval_align"] = float(np.mean(alignment(images, chosen)))
@@ -825,20 +833,22 @@ def stop_signals():
 
 
 def main(args):
-    # settle the arguments, before weights are loaded
+    # quiet libraries
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+    # settle the arguments, before weights are loaded
     rank, world_size = init_processes(args)
     check_args(args)
     check_algorithm(args, world_size)
     prompts = load_prompts(args)
     scheduler, latent_shape = check_model(args)
     schedule = make_schedule(scheduler, args.num_steps, args.device)
-    num_samples = args.num_samples // world_size  # of this process
-    num_pairs = num_samples * args.num_steps
-    choose_micro_batch(args, latent_shape, num_samples, num_pairs)
+    local_samples = args.num_samples // world_size  # of this process
+    num_pairs = local_samples * args.num_steps
+    choose_micro_batch(args, latent_shape, local_samples, num_pairs)
     device_type = torch.device(args.device).type
     print(f"{args.model} on {world_size} x {device_type} in {args.precision}")
     print(
@@ -876,12 +886,16 @@ def main(args):
     scaler.scale(torch.zeros((), device=args.device))  # sets it up in a process without pairs too
 
     # open the run; row 0 of its metrics is the pretrained model
-    run = gather(open_run(args, pipe, prompts, score) if rank == 0 else None)[0]
+    run = open_run(args, pipe, prompts, score) if rank == 0 else None
+    run = gather(run)[0]
     state = load_checkpoint(run, params, optimizer) if args.resume else None
     if state is None:
         row = {"iteration": 0, "samples": 0}
         if rank == 0:
-            row |= evaluate(pipe, run, 0, prompts, score, alignment, schedule, latent_shape, args)
+            metrics = evaluate(
+                pipe, run, 0, prompts, score, alignment, schedule, latent_shape, args
+            )
+            row.update(metrics)
         state = {"rows": [row], "skipped": 0}
         state["scaler"] = scaler.state_dict()
     scaler.load_state_dict(state["scaler"])
@@ -925,7 +939,7 @@ def main(args):
         if not weights.any():
             tqdm.write(f"iteration {iteration}: no sample has a weight, so there is no update")
         for _ in range(args.num_updates if weights.any() else 0):
-            shape = (num_samples, args.num_steps, *latent_shape)
+            shape = (local_samples, args.num_steps, *latent_shape)
             rollout["noise"] = randn_tensor(shape, generator=generators).to(args.device)
             draws = (len(schedule.alphas_cumprod), (args.num_steps,))
             timesteps = torch.stack([torch.randint(*draws, generator=g) for g in generators])
@@ -939,7 +953,7 @@ def main(args):
             scaler.update()
             state["skipped"] = 0 if is_finite else state["skipped"] + 1
             if state["skipped"] == 10:
-                sys.exit("10 updates in a row were not finite: lower --lr or use --precision fp32")
+                sys.exit("10 updates in a row were not finite: start a new run with a lower --lr")
             updates.append({**info, "grad_norm": grad_norm, "skipped": float(not is_finite)})
         train_time = time.time()
 
@@ -976,12 +990,12 @@ def main(args):
 
         # evaluate and save
         stopped = any(gather(bool(signals)))  # the same in all processes
-        last = iteration == args.iterations or stopped
-        save = last or iteration % args.save_every == 0
+        save = stopped or iteration == args.iterations or iteration % args.save_every == 0
         if rank == 0 and save:
-            row |= evaluate(
+            metrics = evaluate(
                 pipe, run, iteration, prompts, score, alignment, schedule, latent_shape, args
             )
+            row.update(metrics)
         if rank == 0:
             with writing_to(run):
                 write_metrics(run, rows)
@@ -993,7 +1007,7 @@ def main(args):
             if save:
                 grid = tracker.Image(str(run / f"images/{iteration:04d}.png"))
                 tracker.log({"images": grid}, step=iteration)
-        if last:
+        if stopped:
             break
 
     progress.close()
@@ -1012,6 +1026,6 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except FloatingPointError as error:
-        fail(f"{error}. Try --precision fp32 or a lower --lr; the last checkpoint is intact")
+        fail(f"{error}. Start a new run with --precision fp32 or a lower --lr")
     except torch.OutOfMemoryError:
-        fail("out of GPU memory: use a smaller --micro-batch, or --gradient-checkpointing")
+        fail("out of GPU memory: take a smaller --micro-batch, or --gradient-checkpointing")

@@ -220,13 +220,13 @@ def test_latents_that_are_not_finite_end_with_the_step(tiny_sd, broken_step, bad
 
     def unet(latents, t, embeds):
         output = policy.unet(latents, t, embeds)
-        output.sample[0, 0, 0, 0] += torch.where(
+        output.sample[1, 0, 0, 0] += torch.where(
             t[0] == broken_t, bad, 0.0
         )  # one number of one row
         return output
 
     embeds = embed(policy.pipe, ["cat", "dog"])
-    message = f"latents are not finite from step {broken_step + 1} of 6 on"
+    message = rf"latents are not finite from step {broken_step + 1} of 6 on \(sample 1\)"
     with pytest.raises(FloatingPointError, match=message):
         ddpo_is.sample_trajectories(
             unet, embeds, normal(2, 7, 4, 8, 8), policy.schedule, policy.args
