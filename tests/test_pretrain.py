@@ -215,6 +215,8 @@ def test_the_script_makes_the_architecture_that_is_in_the_folder():
     assert get_shapes(pretrain.make_unet()) == get_shapes(unet)
     text_encoder = CLIPTextModel.from_pretrained(EMOJI / "text_encoder")
     assert get_shapes(pretrain.make_text_encoder(tokenizer)) == get_shapes(text_encoder)
+    vae = AutoencoderTiny.from_pretrained(EMOJI / "vae")
+    assert get_shapes(pretrain.make_vae()) == get_shapes(vae)
     scheduler = DDIMScheduler.from_pretrained(EMOJI / "scheduler")
     assert torch.equal(pretrain.make_scheduler().betas, scheduler.betas)
 
