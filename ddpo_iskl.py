@@ -16,7 +16,7 @@ trajectory of its own, and so penalises the noise. diff ddpo_is.py ddpo_iskl.py
     ... --iterations 20 --num-steps 20      # a quick look
     ... --resume runs/NAME                  # continue a run
 
-Measured on models/emoji, 70 iterations, three seeds: JPEG size 2.185 -> 1.891 +- 0.052 kB.
+Measured on the first models/emoji, 70 iterations, n = 3: JPEG size 2.185 -> 1.891 +- 0.052 kB.
 
 The algorithms are from "Guiding the training of diffusion models: a replication of DDPO" (Gao, Shi,
 Zhang; https://github.com/kevin-zhang-1/Fall-2025-Reinforcement-Learning-Final-Project), after DDPO:
