@@ -7,6 +7,7 @@
 #   ./figures.sh table1 small_lr       these sets alone, then the figures
 #   ./figures.sh plots                 the figures alone, from the runs that are there
 #   JOBS=2 SEEDS="1 2" ./figures.sh    two runs at a time, fewer seeds
+#   JOBS=14 ./figures.sh               on a GPU of 80 GB with 16 CPU cores
 #   ./figures.sh --gpu table1          the paper's own model and tasks: Stable Diffusion v1.4
 #
 # SEEDS (1 2 3 4 5; a set that needs three takes the first three), JOBS (1), OUT (runs/figures),
@@ -17,7 +18,7 @@ SEEDS=${SEEDS:-1 2 3 4 5}
 JOBS=${JOBS:-1}
 OUT=${OUT:-runs/figures}
 PYTHON=${PYTHON:-python}
-MODEL=models/emoji
+MODEL="models/emoji --precision fp32"
 TASKS="compress incompress"
 ALL_SETS="table1 one_update small_lr bad_lr clip kl rwr"
 DRY_RUN=""
@@ -125,18 +126,21 @@ kl() {
   done
 }
 
-# the RWR pair at the settings that work, and its controls without a weighting
+# the RWR pair at the settings that work, and its controls: with uniform weights the reward changes
+# nothing, so one task is enough
 rwr() {
   local seed task
-  local flags="--prompts results/rwr_lora/eight.txt --guidance-scale 1 --num-samples 256
+  local flags="--prompts results/rwr/eight.txt --guidance-scale 1 --num-samples 256
     --samples-per-prompt 32 --num-updates 8 --lora-rank 32 --lr 5e-4 --save-every 1"
   for seed in $FEW_SEEDS; do
     for task in compress incompress; do
       run rwr rwr "$task" "$seed" 6 $flags --beta 100
-      run rwr rwr "$task" "$seed" 6 $flags --beta 0
       run rwr rwr_sparse "$task" "$seed" 6 $flags --quantile 0.96
-      run rwr rwr_sparse "$task" "$seed" 6 $flags --quantile 0
     done
+  done
+  for seed in $FEW_SEEDS; do
+    run rwr rwr compress "$seed" 6 $flags --beta 0
+    run rwr rwr_sparse compress "$seed" 6 $flags --quantile 0
   done
 }
 
@@ -176,9 +180,8 @@ else
   [ "$JOBS" -gt 1 ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   failed=""
   for name in $SETS; do
-    [ "$name" = plots ] && continue
-    $name | tr '\n' '\0' | xargs -0 -r -P "$JOBS" -n 1 bash -c || failed=yes
-  done
+    [ "$name" = plots ] || $name
+  done | tr '\n' '\0' | xargs -0 -r -P "$JOBS" -n 1 bash -c || failed=yes
   plots | bash -e
   if [ -n "$failed" ]; then
     echo "a run failed, see above; the figures show those that ended well" >&2

@@ -5,6 +5,7 @@ Figures and tables from run folders alone: no torch, no model.
     python plot.py curves runs --x iteration --metric kl_ref      # any column of metrics.csv
     python plot.py tradeoff runs --baseline ddpo_is               # reward against CLIP score
     python plot.py equal runs --baseline ddpo_is                  # CLIP score at equal reward
+    python plot.py compare runs --baseline ddpo_is                # rewards at the same iteration
     python plot.py table runs --iteration 70                      # first and last evaluation
     python plot.py progress runs/ddpo_is__* --prompt-index 0 7    # fixed prompts over training
     python plot.py trajectory runs/*__compress__s1__*             # "elephant" while it is denoised
@@ -775,12 +776,8 @@ def compare_at_equal_reward(group, baseline_group, iteration=None):
     return differences, left_out, iterations
 
 
-def make_equal_table(runs, baseline="ddpo_is", iteration=None):
-    """A row per setting but the baseline's: the CLIP score minus the baseline's at equal reward.
-
-    The interval is that of the mean over seeds, by Student's t. "left out" has the seeds whose
-    reward is above or below the baseline's range, or that have no counterpart.
-    """
+def pair_groups(runs, baseline):
+    """[(group, the baseline's group of the same task), ...] for all settings but the baseline's."""
     groups = group_runs(runs)
     baseline_label = find_baseline(groups, baseline)
     if baseline_label is None:
@@ -791,44 +788,89 @@ def make_equal_table(runs, baseline="ddpo_is", iteration=None):
     for group in groups:
         if group.label == baseline_label:
             baseline_groups[group.task] = group
-    rows = []
-    outside = 0
+    pairs = []
     for group in groups:
         if group.label == baseline_label:
             continue
-        if group.task not in baseline_groups:
+        if group.task in baseline_groups:
+            pairs.append((group, baseline_groups[group.task]))
+        else:
             say(f"skipped: {group.label} on {group.task}: {baseline_label} has no run of that task")
-            continue
-        baseline_group = baseline_groups[group.task]
+    if not pairs:
+        raise PlotError(f"nothing to compare with {baseline_label} in {name_folders(runs)}")
+    return pairs
+
+
+def make_equal_table(runs, baseline="ddpo_is", iteration=None):
+    """A row per setting but the baseline's: the CLIP score minus the baseline's at equal reward.
+
+    The interval is that of the mean over seeds, by Student's t. "left out" has the seeds whose
+    reward is above or below the baseline's range, or that have no counterpart.
+    """
+    rows = []
+    outside = 0
+    for group, baseline_group in pair_groups(runs, baseline):
         differences, left_out, iterations = compare_at_equal_reward(
             group, baseline_group, iteration
         )
         reasons = list(left_out.values())
         outside += reasons.count("above") + reasons.count("below")
         row = {"task": group.task, "setting": group.label, "iteration": show_range(iterations)}
-        rows.append(row | show_differences(differences, left_out, baseline_label))
-    if not rows:
-        raise PlotError(f"nothing to compare with {baseline_label} in {name_folders(runs)}")
+        title = f"CLIP score minus that of {baseline_group.label}, by seed"
+        rows.append(row | show_differences(title, differences, left_out, 1))
     if outside > 0:
-        say(f"left out, as their reward is outside the range of {baseline_label}: {outside} run(s)")
+        label = baseline_group.label
+        say(f"left out, as their reward is outside the range of {label}: {outside} run(s)")
     return rows
 
 
-def show_differences(differences, left_out, baseline_label):
-    """The cells of one comparison at equal reward."""
+def make_compare_table(runs, baseline="ddpo_is", metric="eval_reward", iteration=None):
+    """A row per setting but the baseline's: its metric minus the baseline's at one iteration.
+
+    Runs of the same seed are compared; without an iteration, the last evaluation of each. The
+    interval is that of the mean over seeds, by Student's t.
+    """
+    rows = []
+    for group, baseline_group in pair_groups(runs, baseline):
+        values = []  # of the setting and of its baseline, {seed: number}
+        iterations = []
+        for compared in (group, baseline_group):
+            found = {}
+            for run in compared.runs:
+                chosen = choose_iteration(run, iteration, metric)
+                if chosen is not None:
+                    found[run.args["seed"]] = value_at(run, metric, chosen)
+                    iterations.append(chosen)
+            values.append(found)
+        ours, theirs = values
+        differences = {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+        left_out = {seed: "no baseline" for seed in ours if seed not in theirs}
+        row = {"task": group.task, "setting": group.label, "iteration": show_range(iterations)}
+        title = f"{metric} minus that of {baseline_group.label}, by seed"
+        decimals = 3 if "reward" in metric else 1
+        rows.append(row | show_differences(title, differences, left_out, decimals))
+    return rows
+
+
+def show_differences(title, differences, left_out, decimals):
+    """The cells of one comparison: differences {seed: number}, left_out {seed: why}."""
     mean, low, high = math.nan, math.nan, math.nan
     if differences:
         mean, low, high = t_interval(list(differences.values()))
     verdict = "not significant"
     if low > 0 or high < 0:  # False where they are NaN
         verdict = "significant"
-    each = [f"{seed}: {difference:+.1f}" for seed, difference in differences.items()]
+
+    def show(number):
+        return f"{number:+.{decimals}f}"
+
+    each = [f"{seed}: {show(difference)}" for seed, difference in differences.items()]
     reasons = [f"{seed}: {reason}" for seed, reason in left_out.items()]
     return {
         "n": str(len(differences)),
-        f"CLIP score minus that of {baseline_label}, by seed": ", ".join(each),
-        "mean": f"{mean:+.1f}" if differences else "-",
-        "95 % interval": f"{low:+.1f} to {high:+.1f}" if len(differences) > 1 else "-",
+        title: ", ".join(each),
+        "mean": show(mean) if differences else "-",
+        "95 % interval": f"{show(low)} to {show(high)}" if len(differences) > 1 else "-",
         "verdict": verdict,
         "left out": ", ".join(reasons),
     }
@@ -1074,6 +1116,16 @@ class Equal(TableCommand):
 
 
 @dataclass
+class Compare(TableCommand):
+    """A column of metrics.csv minus that of the baseline's run of the same seed and iteration."""
+
+    baseline: str = "ddpo_is"
+    """script, or label as in the table, that the others are compared with"""
+    metric: str = "eval_reward"
+    """column of metrics.csv"""
+
+
+@dataclass
 class Table(TableCommand):
     """First and last evaluation of each setting, mean +- standard deviation over seeds."""
 
@@ -1096,6 +1148,9 @@ class Trajectory(FigureCommand):
     """iterations to show; without it each run's last one"""
 
 
+COMMANDS = Curves | Tradeoff | Equal | Compare | Table | Progress | Trajectory
+
+
 def check_flags(command):
     """Refuse what no command can use, before any work is done."""
     endings = (".md", ".csv") if isinstance(command, TableCommand) else (".png", ".pdf")
@@ -1116,6 +1171,8 @@ def make_output(command):
         return draw_tradeoff(runs, command.x, command.baseline)
     if isinstance(command, Equal):
         return make_equal_table(runs, command.baseline, command.iteration)
+    if isinstance(command, Compare):
+        return make_compare_table(runs, command.baseline, command.metric, command.iteration)
     if isinstance(command, Table):
         return make_table(runs, command.iteration)
     if isinstance(command, Progress):
@@ -1153,5 +1210,4 @@ def main(command):
 
 
 if __name__ == "__main__":
-    commands = Curves | Tradeoff | Equal | Table | Progress | Trajectory
-    main(tyro.cli(commands, description=__doc__))
+    main(tyro.cli(COMMANDS, description=__doc__))

@@ -106,9 +106,7 @@ def shown(figure):
 
 def main(capsys, *words):
     """Run the command line. Returns what it printed and what it said on stderr."""
-    commands = plot.Curves | plot.Tradeoff | plot.Equal | plot.Table
-    commands = commands | plot.Progress | plot.Trajectory
-    plot.main(tyro.cli(commands, args=[str(word) for word in words]))
+    plot.main(tyro.cli(plot.COMMANDS, args=[str(word) for word in words]))
     return capsys.readouterr()
 
 
@@ -468,6 +466,35 @@ def test_equal_needs_the_baseline_on_the_same_task(tmp_path, capsys):
     assert str(folder) in refusal(capsys, "equal", folder)
 
 
+def test_compare_pairs_the_runs_of_a_seed(tmp_path, capsys):
+    for seed, final in [(1, 2.0), (2, 2.5), (3, 3.5)]:
+        ends = {0: (1, 80), 10: (1.5, 70), 20: (2, 60 + seed)}
+        make_run(tmp_path, seed=seed, evaluations=ends)
+        ends = {0: (1, 80), 10: (1.5, 70), 20: (final, 60)}
+        make_run(tmp_path, script="ddpo_iskl", seed=seed, evaluations=ends)
+    make_run(tmp_path, script="ddpo_iskl", seed=4, evaluations={0: (1, 80), 20: (9, 9)})
+    runs = plot.load_runs([tmp_path])
+    assert only(plot.make_compare_table(runs)) == {
+        "task": "compress",
+        "setting": "DDPO-ISKL",
+        "iteration": "20",
+        "n": "3",
+        "eval_reward minus that of DDPO-IS, by seed": "1: +0.000, 2: +0.500, 3: +1.500",
+        "mean": "+0.667",
+        "95 % interval": "-1.231 to +2.564",  # 0.667 -+ 4.3027 * 0.7638 / sqrt(3)
+        "verdict": "not significant",
+        "left out": "4: no baseline",
+    }
+    # -2 -+ 4.3027 * 1 / sqrt(3)
+    aligned = only(plot.make_compare_table(runs, metric="eval_align"))
+    assert (aligned["mean"], aligned["95 % interval"]) == ("-2.0", "-4.5 to +0.5")
+    assert only(plot.make_compare_table(runs, iteration=10))["mean"] == "+0.000"
+
+    printed = main(capsys, "compare", tmp_path, "--metric", "eval_align").out
+    assert "eval_align minus that of DDPO-IS" in printed
+    assert "no such run" in refusal(capsys, "compare", tmp_path, "--baseline", "rwr")
+
+
 def student_t(x, degrees):
     """The cumulative distribution function of Student's t at x > 0, by numerical integration."""
     t = np.linspace(0, x, 100_001)
@@ -701,7 +728,9 @@ def test_rows_that_are_not_finite_are_left_out_and_said(tmp_path, capsys):
     assert only(plot.make_table(runs))["eval_reward, last"] == "-1.800"
 
 
-@pytest.mark.parametrize("name", ["curves", "tradeoff", "equal", "table", "progress", "trajectory"])
+@pytest.mark.parametrize(
+    "name", ["curves", "tradeoff", "equal", "compare", "table", "progress", "trajectory"]
+)
 def test_what_cannot_be_shown_is_one_line_and_exit_code_2(tmp_path, capsys, name):
     (tmp_path / "empty").mkdir()
     assert "name a run folder" in refusal(capsys, name)
@@ -830,7 +859,7 @@ def test_figures_sh_plans_runs_that_the_scripts_accept(tmp_path):
     counts = Counter()
     for words in run_commands:
         _, args = parse_run(words)
-        assert (args.num_steps, args.model) == (50, "models/emoji")
+        assert (args.num_steps, args.model, args.precision) == (50, "models/emoji", "fp32")
         folder = Path(args.out)
         assert folder.is_relative_to(tmp_path / "runs")
         counts[folder.parent.name] += 1
