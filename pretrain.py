@@ -144,7 +144,7 @@ class Args:
     """optimiser steps of UNet and text encoder, batch 64"""
     decoder_steps: int = 4_000
     """optimiser steps of the decoder alone, batch 16"""
-    clip_steps: int = 5_000
+    clip_steps: int = 8_000
     """optimiser steps of each of the two CLIPs, batch 96"""
     held_out: str = "twemoji"
     """emoji set that the first CLIP does not see, so that its accuracy on new drawings is known"""
@@ -717,7 +717,7 @@ def move(drawings, generator):
 def recolor(rgb, generator):
     """Gives drawings (N, 3, 64, 64) another palette."""
     n = len(rgb)
-    gain = uniform(n, 0.75, 1.25, generator)[:, 0]
+    gain = uniform(n, 0.6, 1.25, generator)[:, 0]
     channel_gain = 1 + 0.15 * torch.randn(n, 1, 3, generator=generator)
     matrix = torch.eye(3) * gain * channel_gain  # (N, 3, 3)
 
