@@ -549,8 +549,9 @@ def choose_micro_batch(args, latent_shape, num_samples, num_pairs):
 
     A number that was given is lowered to the next divisor. Otherwise it is the fastest on a CPU (no
     gain beyond 100), and on a GPU what fits: 2.5 GiB per pair of Stable Diffusion, 2**14 numbers.
-    In half precision it divides the samples too: other batch sizes run other kernels, and the
-    ratio of the first update would not be 1. In fp32 that changes a log-prob by 1e-6 at the most.
+    In half precision it divides an update's samples: then training has the batches of sampling, row
+    by row. Others are rounded otherwise, and the ratio of the first update would not be 1. In fp32
+    that changes a log-prob by 1e-6 at the most.
     """
     if num_pairs == 0:
         fail(f"--num-steps {args.num_steps}: no step of this scheduler has noise")
@@ -562,7 +563,9 @@ def choose_micro_batch(args, latent_shape, num_samples, num_pairs):
             if args.lora_rank == 0:  # weights, gradients and AdamW of Stable Diffusion: 14 GiB
                 memory = max(memory - 16, memory / 4)
             limit = int(memory / 2.5 * 2**14 / math.prod(latent_shape))  # at 24 GiB: 9
-    common = num_pairs if args.precision == "fp32" else math.gcd(num_samples, num_pairs)
+    common = num_pairs
+    if args.precision != "fp32":
+        common = math.gcd(num_samples // args.num_updates, num_pairs)
     limit = min(max(limit, 1), common)
     args.micro_batch = max(n for n in range(1, limit + 1) if common % n == 0)
 

@@ -399,11 +399,11 @@ def test_each_update_takes_an_equal_share_of_the_samples(
         ("fp32", 7, 16, 400, 5),
         ("fp32", 1, 16, 400, 1),
         ("fp32", 64, 16, 401, 1),
-        ("fp16", 0, 16, 400, 16),  # divides the samples too
-        ("bf16", 12, 16, 400, 8),
-        ("fp16", 64, 6, 150, 6),
-        ("fp16", 64, 6, 98, 2),
-        ("bf16", 64, 1, 49, 1),
+        ("fp16", 0, 16, 400, 8),  # divides the samples of an update too
+        ("bf16", 6, 16, 400, 4),
+        ("fp16", 64, 6, 150, 3),
+        ("fp16", 64, 6, 98, 1),
+        ("bf16", 64, 2, 49, 1),
     ],
 )
 def test_micro_batch_divides_what_it_has_to(
@@ -412,6 +412,29 @@ def test_micro_batch_divides_what_it_has_to(
     args = ddpo_is.Args(device="cpu", precision=precision, micro_batch=micro_batch)
     ddpo_is.choose_micro_batch(args, (4, 16, 16), num_samples, num_pairs)
     assert args.micro_batch == expected
+
+
+@every_policy_gradient
+def test_in_half_precision_training_has_the_batches_of_sampling(
+    script, tiny_sd, few_prompts, tmp_path, monkeypatch
+):
+    """Row by row: rounding depends on a row's place in its batch, and the ratio must be 1."""
+    sampled = []
+    trained = []
+    predict_noise = script.predict_noise
+
+    def record(unet, latents, t, embeds, guidance_scale):
+        batches = trained if torch.is_grad_enabled() else sampled
+        batches.append(torch.cat([latents.detach().flatten(1), t[:, None].float()], dim=1))
+        return predict_noise(unet, latents, t, embeds, guidance_scale)
+
+    monkeypatch.setattr(script, "predict_noise", record)
+    options = {"num_samples": 8, "num_updates": 2, "iterations": 1, "precision": "bf16"}
+    folder = run(script, tmp_path, tiny_sd, prompts=few_prompts, **options)
+    assert len(trained) == 10  # two updates of 4 samples x 5 steps, 4 pairs in each
+    for batch in trained:
+        assert any(batch.shape == other.shape and batch.equal(other) for other in sampled)
+    assert read_metrics(folder)[1]["ratio_err"] == 0
 
 
 def test_micro_batch_is_smaller_for_larger_latents():
@@ -436,7 +459,8 @@ def scored_pairs(policy, rollout):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ddpo_iskl, "compute_loss", spy)
         accumulate(policy, rollout)
-    return [torch.cat(column).unflatten(0, (4, -1)) for column in zip(*seen)]
+    # they come step by step
+    return [torch.cat(column).unflatten(0, (-1, 4)).transpose(0, 1) for column in zip(*seen)]
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
