@@ -7,10 +7,10 @@ of the finished picture is the return of every step. With A the normalised rewar
 
     ratio = exp(log_prob - log_prob_old)      the policy now / the policy that drew the sample
     loss  = max(-A * ratio, -A * clip(ratio, 1 - clip_range, 1 + clip_range)) + kl_coef * kl
-    kl    = |mu - mu_ref|^2 / (2 sigma^2 D), or --kl squared: (log_prob - log_prob_ref)^2 / 2
+    kl    = |mu - mu_ref|^2 / (2 sigma^2 D), or --kl squared: (log_prob - log_prob_ref - b)^2 / 2
 
-The reference scores the policy's own x_t and x_{t-1} (line 29). The paper's code lets it draw a
-trajectory of its own, and so penalises the noise. diff ddpo_is.py ddpo_iskl.py
+The reference scores the policy's own x_t and x_{t-1} (line 29); the paper's code lets it draw its
+own, and penalises noise. b = kl, a constant, is a baseline. diff ddpo_is.py ddpo_iskl.py
 
     python ddpo_iskl.py --reward compress --lr 3e-4
     ... --iterations 20 --num-steps 20      # a quick look
@@ -141,7 +141,7 @@ class Args:
     clip_range: float = 1e-4
     """trust region: the ratio is clipped to 1 +- this"""
     kl: Literal["exact", "squared"] = "exact"
-    """KL penalty: the closed form, or (log_prob - log_prob_ref)^2 / 2"""
+    """KL penalty: the closed form, or (log_prob - log_prob_ref - closed form)^2 / 2"""
     kl_coef: float = 0.01
     """weight of the KL penalty (lambda_KL); 0 is DDPO-IS with its KL logged"""
 
@@ -316,7 +316,7 @@ def compute_loss(log_prob, mean, batch, schedule, args):
     clipped_loss = -batch["advantages"] * ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
     sigma = schedule.sigma[batch["step"]]  # of both policies, which makes the KL exact
     kl = (mean - batch["mean_ref"]).square().mean(dim=(1, 2, 3)) / (2 * sigma**2)
-    squared = 0.5 * (log_prob - batch["log_prob_ref"]) ** 2
+    squared = 0.5 * (log_prob - batch["log_prob_ref"] - kl.detach()) ** 2  # kl: a baseline
     penalty = args.kl_coef * (kl if args.kl == "exact" else squared)
     metrics = {
         "ratio_err": (ratio - 1).abs(),

@@ -857,7 +857,7 @@ def show_differences(title, differences, left_out, decimals):
     mean, low, high = math.nan, math.nan, math.nan
     if differences:
         mean, low, high = t_interval(list(differences.values()))
-    verdict = "not significant"
+    verdict = "not significant" if differences else "-"
     if low > 0 or high < 0:  # False where they are NaN
         verdict = "significant"
 

@@ -542,12 +542,12 @@ def test_the_gradient_of_the_penalty_is_that_of_plain_autograd(tiny_sd, kl):
             noise_pred = ddpo_iskl.predict_noise(unet, latents, t, rollout["embeds"], 5.0)
             _, _, mean = ddpo_iskl.ddpm_step(noise_pred, latents, step, policy.schedule, latents)
             densities.append(torch.distributions.Normal(mean, policy.schedule.sigma[s]))
+        divergence = torch.distributions.kl_divergence(*densities).mean(dim=(1, 2, 3))
         if kl == "exact":
-            divergence = torch.distributions.kl_divergence(*densities)
-            penalties.append(divergence.mean(dim=(1, 2, 3)))
+            penalties.append(divergence)
         else:
             log_prob, log_prob_ref = [d.log_prob(next_latents).mean((1, 2, 3)) for d in densities]
-            penalties.append((log_prob - log_prob_ref) ** 2 / 2)
+            penalties.append((log_prob - log_prob_ref - divergence.detach()) ** 2 / 2)
     penalty = 0.7 * torch.cat(penalties).mean()
     assert info["kl_penalty"] == pytest.approx(penalty.item(), rel=1e-3)
     assert info["loss"] == pytest.approx(penalty.item(), rel=1e-3)
@@ -573,14 +573,27 @@ def test_both_penalties_equal_torch_distributions(kl):
     divergence = torch.distributions.kl_divergence(
         torch.distributions.Normal(mean, sigma), torch.distributions.Normal(mean_ref, sigma)
     )  # (6, 4, 8, 8)
-    expected = {
-        "exact": divergence.mean(dim=(1, 2, 3)),
-        "squared": (log_prob - log_prob_ref) ** 2 / 2,
-    }
+    exact = divergence.mean(dim=(1, 2, 3))
+    expected = {"exact": exact, "squared": (log_prob - log_prob_ref - exact) ** 2 / 2}
     torch.testing.assert_close(loss, -advantages + 0.7 * expected[kl])
     torch.testing.assert_close(info["kl_penalty"], 0.7 * expected[kl])
     # nats per image, whatever the penalty: the sum over the dimensions and steps of a trajectory
     torch.testing.assert_close(info["kl_ref"].mean(), divergence.sum())
+
+
+def test_the_baseline_of_the_squared_penalty_is_what_it_is_in_the_mean(tiny_sd):
+    """On the policy's own samples log_prob - log_prob_ref is the KL, plus noise of mean 0."""
+    policy = load(ddpo_iskl, tiny_sd, moved=0.05)
+    rollout = make_rollout(policy)
+    log_probs, means, log_probs_ref, means_ref = scored_pairs(policy, rollout)
+    sigma = policy.schedule.sigma[:, None, None, None]
+    kl = (means - means_ref).square().mean(dim=(2, 3, 4)) / (2 * sigma.flatten() ** 2)
+    differences = log_probs - log_probs_ref
+    # 24 pairs of 256 dimensions: the noise of a pair has the variance 2 kl / 256
+    noise = (differences - kl) / (2 * kl / 256).sqrt()
+    assert abs(noise.mean()) < 3 / 24**0.5
+    assert 0.5 < noise.std() < 1.6
+    assert differences.mean() == pytest.approx(kl.mean().item(), rel=0.3)
 
 
 @pytest.mark.parametrize(
