@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -121,7 +122,22 @@ def pictures():
 def test_its_clip_recognises_what_it_draws(pictures):
     """Chance is 2 %; the card has the rate at 50 steps."""
     ranks = pretrain.clip_ranks(EMOJI / "clip", pictures, pretrain.NAMES * 2)
-    assert (ranks == 0).mean() > 0.8
+    assert (ranks == 0).mean() > 0.9
+
+
+def test_its_clip_recognises_the_samples_that_are_shown():
+    """samples.png, where make_sheet put them: four of each name, at least three of them right."""
+    sheet = np.asarray(Image.open(EMOJI / "samples.png").convert("RGB"))
+    shown = []
+    for k in range(46):
+        x, y = k % 4 * (256 + 8), k // 4 * 78 + 13
+        shown += np.split(sheet[y : y + 64, x : x + 256], 4, axis=1)
+    assert np.array_equal(np.asarray(pretrain.make_sheet(np.stack(shown))), sheet)
+
+    names = np.repeat(pretrain.NAMES, 4)
+    right = pretrain.clip_ranks(EMOJI / "clip", np.stack(shown), names) == 0
+    assert right.mean() >= 0.97
+    assert right.reshape(46, 4).sum(1).min() >= 3
 
 
 def test_two_seeds_of_a_name_differ(pictures):
