@@ -9,8 +9,8 @@ best ones alone. With x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, the loss of
     loss = w * mean((eps - eps_hat)^2)        t uniform over all training timesteps
 
 It needs no log-probabilities, but many samples. Its defaults are small enough for a first look, and
-on models/emoji they draw plainer pictures whatever the reward: results/README.md has settings that
-raise `incompress`. The pair: diff rwr.py rwr_sparse.py
+on models/emoji they draw plainer pictures whatever the reward: results/README.md has settings with
+more samples and updates. The pair: diff rwr.py rwr_sparse.py
 
     python rwr_sparse.py --reward compress
     ... --iterations 20 --num-steps 20      # a quick look
