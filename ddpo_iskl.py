@@ -10,7 +10,7 @@ of the finished picture is the return of every step. With A the normalised rewar
     kl    = |mu - mu_ref|^2 / (2 sigma^2 D), or --kl squared: (log_prob - log_prob_ref - b)^2 / 2
 
 The reference scores the policy's own x_t and x_{t-1} (line 29); the paper's code lets it draw its
-own, and penalises noise. b = kl, a constant, is a baseline. diff ddpo_is.py ddpo_iskl.py
+own, and penalises noise. b, the first form's value, is a baseline. diff ddpo_is.py ddpo_iskl.py
 
     python ddpo_iskl.py --reward compress --lr 3e-4
     ... --iterations 20 --num-steps 20      # a quick look

@@ -7,7 +7,7 @@
 #   ./figures.sh table1 small_lr       these sets alone, then the figures
 #   ./figures.sh plots                 the figures alone, from the runs that are there
 #   JOBS=2 SEEDS="1 2" ./figures.sh    two runs at a time, fewer seeds
-#   JOBS=14 ./figures.sh               on a GPU of 80 GB with 16 CPU cores
+#   JOBS=15 ./figures.sh               on one large GPU with 16 CPU cores (15 runs took 52 GB)
 #   ./figures.sh --gpu table1          the paper's own model and tasks: Stable Diffusion v1.4
 #
 # SEEDS (1 2 3 4 5; a set that needs three takes the first three), JOBS (1), OUT (runs/figures),
@@ -161,7 +161,7 @@ plots() {
       "--iteration 0 50 100 200 --out $OUT/figure5.png"
   fi
   if [ -n "$DRY_RUN" ] || [ -d "$OUT/small_lr" ]; then
-    echo "$PYTHON plot.py tradeoff $OUT/table1 $OUT/small_lr --baseline 'DDPO-IS, lr 3e-4' --out $OUT/tradeoff.png"
+    echo "$PYTHON plot.py tradeoff $OUT/table1/ddpo_is* $OUT/small_lr --baseline 'DDPO-IS, lr 3e-4' --out $OUT/tradeoff.png"
     echo "$PYTHON plot.py equal $OUT/table1 $OUT/small_lr --baseline 'DDPO-IS, lr 3e-4' --out $OUT/equal.md"
   fi
   if [ -n "$DRY_RUN" ] || [ -d "$OUT/kl" ]; then

@@ -1,7 +1,7 @@
 """
 The five scripts on a CUDA GPU. Without one, all of this file is skipped.
 
-Measured on one H200 with torch 2.11: see results/README.md, Speed.
+Which of these tests have run on a GPU is in results/README.md, Speed.
 """
 
 import importlib

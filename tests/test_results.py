@@ -1,5 +1,6 @@
 """The tables of results/README.md follow from the committed metrics.csv."""
 
+import json
 import re
 import shlex
 
@@ -34,14 +35,30 @@ def test_a_table_is_what_its_command_prints(command, table, capsys, monkeypatch)
     assert capsys.readouterr().out == table
 
 
+def test_the_numbers_of_the_readme_are_in_the_tables():
+    """Means with a spread, and the CLIP score in the cell behind each."""
+    rows = re.findall(r"^\| `ddpo.*\+-.*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert len(rows) == 5
+    tables = "".join(table for _, table in TABLES)
+    for row in rows:
+        for size, align in re.findall(r"(\d\.\d{3} \+- \d\.\d{3}) \| (-?\d+\.\d) ", row):
+            assert re.search(rf"{re.escape(size)} \|[^\n]*\| {re.escape(align)} \+- ", tables), size
+
+
 def test_every_run_on_the_page_is_committed_with_its_arguments():
-    """And every number in it comes from one commit per set, without a path of a machine."""
-    folders = [path.parent for path in ROOT.glob("results/**/metrics.csv")]
-    assert folders
-    for folder in folders:
-        text = (folder / "args.json").read_text()
-        assert '"git": "' in text
-        assert '"/' not in text, f"{folder} names a path of a machine"
+    """A set is of one commit, one machine and one model, and names no path of a machine."""
+    sets = {}
+    for path in ROOT.glob("results/**/metrics.csv"):
+        text = (path.parent / "args.json").read_text()
+        assert '"/' not in text, f"{path.parent} names a path of a machine"
+        metadata = json.loads(text)
+        origin = (metadata["git"], metadata["gpu"], metadata["weights"])
+        sets.setdefault(path.relative_to(ROOT / "results").parts[0], set()).add(origin)
+    assert {"table1", "small_lr", "bad_lr", "squared_kl", "rwr"} <= set(sets)
+    for name, origins in sets.items():
+        assert len(origins) == 1, name
+        ((commit, _, weights),) = origins
+        assert len(commit) == 40 and len(weights) == 64
 
 
 def test_pictures_and_links_of_the_page_exist():
