@@ -20,7 +20,7 @@ OUT=${OUT:-runs/figures}
 PYTHON=${PYTHON:-python}
 MODEL="models/emoji --precision fp32"
 TASKS="compress incompress"
-ALL_SETS="table1 one_update small_lr bad_lr clip kl rwr"
+ALL_SETS="table1 one_update small_lr bad_lr clip kl rwr rwr_defaults"
 DRY_RUN=""
 SETS=""
 
@@ -32,7 +32,7 @@ for word in "$@"; do
       TASKS="compress incompress aesthetic"
       OUT=$OUT/gpu
       ;;
-    table1 | one_update | small_lr | bad_lr | clip | kl | rwr | plots) SETS="$SETS $word" ;;
+    table1 | one_update | small_lr | bad_lr | clip | kl | rwr | rwr_defaults | plots) SETS="$SETS $word" ;;
     *)
       echo "unknown word $word: --dry-run, --gpu, plots, or a set: $ALL_SETS" >&2
       exit 2
@@ -85,13 +85,15 @@ one_update() {
   done
 }
 
-# SF as the unbiased estimator with a small step, and IS with the same step as its control
+# SF as the unbiased estimator with a small step, IS with the same step as its control, and ISKL
+# with both
 small_lr() {
   local seed task
   for seed in $FEW_SEEDS; do
     for task in $TASKS; do
       run small_lr ddpo_sf "$task" "$seed" 200 --num-updates 1 --lr 1e-4
       run small_lr ddpo_is "$task" "$seed" 200 --lr 1e-4
+      run small_lr ddpo_iskl "$task" "$seed" 200 --num-updates 1 --lr 1e-4
     done
   done
 }
@@ -141,6 +143,15 @@ rwr() {
   for seed in $FEW_SEEDS; do
     run rwr rwr compress "$seed" 6 $flags --beta 0
     run rwr rwr_sparse compress "$seed" 6 $flags --quantile 0
+  done
+}
+
+# the RWR pair as it is: what a first run does
+rwr_defaults() {
+  local seed
+  for seed in $FEW_SEEDS; do
+    run rwr_defaults rwr compress "$seed" 200
+    run rwr_defaults rwr_sparse compress "$seed" 200
   done
 }
 

@@ -863,7 +863,16 @@ def test_figures_sh_plans_runs_that_the_scripts_accept(tmp_path):
         folder = Path(args.out)
         assert folder.is_relative_to(tmp_path / "runs")
         counts[folder.parent.name] += 1
-    assert (counts["table1"], counts["bad_lr"]) == (30, 5)
+    assert counts == {
+        "table1": 30,
+        "one_update": 20,
+        "small_lr": 18,
+        "bad_lr": 5,
+        "clip": 9,
+        "kl": 30,
+        "rwr": 18,
+        "rwr_defaults": 6,
+    }
     assert len({tuple(words) for words in run_commands}) == sum(counts.values())
 
 
@@ -896,7 +905,7 @@ def test_figures_sh_on_a_gpu_takes_the_papers_model_and_tasks(tmp_path):
 
 def test_figures_sh_skips_finished_runs_and_resumes_the_others(tmp_path):
     before, _ = plan(tmp_path, "small_lr", SEEDS="1")
-    assert len(before) == 4
+    assert len(before) == 6
     index = before[0].index("--out")
     parent = Path(before[0][index + 1])
     folder = make_run(parent, script="ddpo_sf", lr=1e-4)
