@@ -146,12 +146,15 @@ rwr() {
   done
 }
 
-# the RWR pair as it is: what a first run does
+# the RWR pair as it is, what a first run does, and its control: with equal weights
 rwr_defaults() {
-  local seed
+  local seed task
   for seed in $FEW_SEEDS; do
-    run rwr_defaults rwr compress "$seed" 200
-    run rwr_defaults rwr_sparse compress "$seed" 200
+    for task in compress incompress; do
+      run rwr_defaults rwr "$task" "$seed" 200
+      run rwr_defaults rwr_sparse "$task" "$seed" 200
+    done
+    run rwr_defaults rwr compress "$seed" 200 --beta 0
   done
 }
 

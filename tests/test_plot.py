@@ -871,7 +871,7 @@ def test_figures_sh_plans_runs_that_the_scripts_accept(tmp_path):
         "clip": 9,
         "kl": 30,
         "rwr": 18,
-        "rwr_defaults": 6,
+        "rwr_defaults": 15,
     }
     assert len({tuple(words) for words in run_commands}) == sum(counts.values())
 
