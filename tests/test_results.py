@@ -54,7 +54,7 @@ def test_every_run_on_the_page_is_committed_with_its_arguments():
         metadata = json.loads(text)
         origin = (metadata["git"], metadata["gpu"], metadata["weights"])
         sets.setdefault(path.relative_to(ROOT / "results").parts[0], set()).add(origin)
-    assert {"table1", "small_lr", "bad_lr", "squared_kl", "rwr"} <= set(sets)
+    assert {"table1", "small_lr", "bad_lr", "squared_kl", "rwr", "rwr_defaults"} <= set(sets)
     for name, origins in sets.items():
         assert len(origins) == 1, name
         ((commit, _, weights),) = origins
