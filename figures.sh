@@ -3,7 +3,7 @@
 # unfinished one is resumed, so this script can be interrupted and started again.
 #
 #   ./figures.sh --dry-run             print the commands, run nothing
-#   ./figures.sh                       all sets, about 15 hours on 2 cores, then the figures
+#   ./figures.sh                       all sets, about 20 hours on 2 cores, then the figures
 #   ./figures.sh table1 small_lr       these sets alone, then the figures
 #   ./figures.sh plots                 the figures alone, from the runs that are there
 #   JOBS=2 SEEDS="1 2" ./figures.sh    two runs at a time, fewer seeds
@@ -128,7 +128,7 @@ kl() {
   done
 }
 
-# the RWR pair at the settings that work, and its controls: with uniform weights the reward changes
+# the RWR pair with many samples, and its controls: with uniform weights the reward changes
 # nothing, so one task is enough
 rwr() {
   local seed task

@@ -8,15 +8,15 @@ better ones weighted more. With x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t
     w    = exp(beta * r) / sum of exp(beta * r) over the samples of the same prompt
     loss = w * mean((eps - eps_hat)^2)        t uniform over all training timesteps
 
-It needs no log-probabilities, but many samples. Its defaults are for a first look of 20 iterations:
-trained on its own pictures the model blurs them whatever the reward, so `compress` improves and
-`incompress` does not (results/README.md, with other settings). The pair: diff rwr.py rwr_sparse.py
+It needs no log-probabilities, but many samples. With few it is a baseline to stop after 20
+iterations: trained on its own pictures the model blurs them whatever the reward, so `compress`
+improves and `incompress` does not (results/README.md). The pair: diff rwr.py rwr_sparse.py
 
     python rwr.py --reward compress
     ... --iterations 20 --num-steps 20      # a quick look
     ... --resume runs/NAME                  # continue a run
 
-Measured on models/emoji, 30 iterations, n = 3: 2.500 -> 1.287 kB; with equal weights 1.336 kB.
+Measured on models/emoji, 30 iterations, n = 3: 2.500 -> 1.287 kB, as with equal weights (1.336 kB).
 
 The algorithms are from "Guiding the training of diffusion models: a replication of DDPO" (Gao, Shi,
 Zhang; https://github.com/kevin-zhang-1/Fall-2025-Reinforcement-Learning-Final-Project), after DDPO:
