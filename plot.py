@@ -6,6 +6,7 @@ Figures and tables from run folders alone: no torch, no model.
     python plot.py tradeoff runs --baseline ddpo_is               # reward against CLIP score
     python plot.py equal runs --baseline ddpo_is                  # CLIP score at equal reward
     python plot.py compare runs --baseline ddpo_is                # rewards at the same iteration
+    python plot.py gain runs                                      # rewards minus those of the start
     python plot.py table runs --iteration 70                      # first and last evaluation
     python plot.py progress runs/ddpo_is__* --prompt-index 0 7    # fixed prompts over training
     python plot.py trajectory runs/*__compress__s1__*             # "elephant" while it is denoised
@@ -852,6 +853,35 @@ def make_compare_table(runs, baseline="ddpo_is", metric="eval_reward", iteration
     return rows
 
 
+def make_gain_table(runs, metric="eval_reward", iteration=None):
+    """A row per setting: its metric minus that of the same run at iteration 0.
+
+    Iteration 0 is the pretrained model. Without an iteration, the last evaluation of each run is
+    taken. The interval is that of the mean over seeds, by Student's t.
+    """
+    rows = []
+    for group in group_runs(runs):
+        differences = {}
+        left_out = {}
+        iterations = []
+        for run in group.runs:
+            seed = run.args["seed"]
+            chosen = choose_iteration(run, iteration, metric)
+            start = value_at(run, metric, 0)
+            if chosen is None or math.isnan(start):
+                left_out[seed] = "not evaluated"
+                continue
+            differences[seed] = value_at(run, metric, chosen) - start
+            iterations.append(chosen)
+        row = {"task": group.task, "setting": group.label, "iteration": show_range(iterations)}
+        title = f"{metric} minus that of iteration 0, by seed"
+        decimals = 3 if "reward" in metric else 1
+        rows.append(row | show_differences(title, differences, left_out, decimals))
+    if all(row["n"] == "0" for row in rows):
+        raise PlotError(f"no {metric} at iteration 0 and later in {name_folders(runs)}")
+    return rows
+
+
 def show_differences(title, differences, left_out, decimals):
     """The cells of one comparison: differences {seed: number}, left_out {seed: why}."""
     mean, low, high = math.nan, math.nan, math.nan
@@ -1126,6 +1156,14 @@ class Compare(TableCommand):
 
 
 @dataclass
+class Gain(TableCommand):
+    """A column of metrics.csv minus that of the same run at iteration 0, the pretrained model."""
+
+    metric: str = "eval_reward"
+    """column of metrics.csv"""
+
+
+@dataclass
 class Table(TableCommand):
     """First and last evaluation of each setting, mean +- standard deviation over seeds."""
 
@@ -1148,7 +1186,7 @@ class Trajectory(FigureCommand):
     """iterations to show; without it each run's last one"""
 
 
-COMMANDS = Curves | Tradeoff | Equal | Compare | Table | Progress | Trajectory
+COMMANDS = Curves | Tradeoff | Equal | Compare | Gain | Table | Progress | Trajectory
 
 
 def check_flags(command):
@@ -1173,6 +1211,8 @@ def make_output(command):
         return make_equal_table(runs, command.baseline, command.iteration)
     if isinstance(command, Compare):
         return make_compare_table(runs, command.baseline, command.metric, command.iteration)
+    if isinstance(command, Gain):
+        return make_gain_table(runs, command.metric, command.iteration)
     if isinstance(command, Table):
         return make_table(runs, command.iteration)
     if isinstance(command, Progress):

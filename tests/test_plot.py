@@ -495,6 +495,29 @@ def test_compare_pairs_the_runs_of_a_seed(tmp_path, capsys):
     assert "no such run" in refusal(capsys, "compare", tmp_path, "--baseline", "rwr")
 
 
+def test_gain_compares_a_run_with_its_own_start(tmp_path, capsys):
+    for seed, final in [(1, 2.0), (2, 2.5), (3, 3.5)]:
+        ends = {0: (1 + seed, 80), 10: (2 + seed, 70), 20: (1 + seed + final, 60)}
+        make_run(tmp_path, seed=seed, evaluations=ends)
+    make_run(tmp_path, seed=4, evaluations={10: (9, 9)})
+    runs = plot.load_runs([tmp_path])
+    assert only(plot.make_gain_table(runs)) == {
+        "task": "compress",
+        "setting": "DDPO-IS",
+        "iteration": "20",
+        "n": "3",
+        "eval_reward minus that of iteration 0, by seed": "1: +2.000, 2: +2.500, 3: +3.500",
+        "mean": "+2.667",
+        "95 % interval": "+0.769 to +4.564",  # 2.667 -+ 4.3027 * 0.7638 / sqrt(3)
+        "verdict": "significant",
+        "left out": "4: not evaluated",
+    }
+    assert only(plot.make_gain_table(runs, iteration=10))["mean"] == "+1.000"
+    printed = main(capsys, "gain", tmp_path, "--metric", "eval_align").out
+    assert "-20.0" in printed
+    assert "no eval_reward at" in refusal(capsys, "gain", tmp_path, "--iteration", "15")
+
+
 def student_t(x, degrees):
     """The cumulative distribution function of Student's t at x > 0, by numerical integration."""
     t = np.linspace(0, x, 100_001)
@@ -729,7 +752,7 @@ def test_rows_that_are_not_finite_are_left_out_and_said(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["curves", "tradeoff", "equal", "compare", "table", "progress", "trajectory"]
+    "name", ["curves", "tradeoff", "equal", "compare", "gain", "table", "progress", "trajectory"]
 )
 def test_what_cannot_be_shown_is_one_line_and_exit_code_2(tmp_path, capsys, name):
     (tmp_path / "empty").mkdir()
