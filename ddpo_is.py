@@ -41,7 +41,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Literal
 
 # OpenMP's threads spin while they wait, which stalls a run beside any other busy process.
@@ -149,7 +149,7 @@ def make_schedule(scheduler, num_steps, device):
     """The DDPM chain over `num_steps` timesteps of a diffusers scheduler, first step to last.
 
     tables (5, T): abar_t, abar_{t-1}, alpha_t, beta_t, sigma_t; sigma (T,): its last row;
-    noisy_steps: the steps with sigma > 0; alphas_cumprod: abar of all training timesteps.
+    noisy_steps: the steps with sigma > 0; alphas_cumprod: abar of all training timesteps (RWR).
     """
     scheduler.set_timesteps(num_steps)
     alphas_cumprod = scheduler.alphas_cumprod.double()
@@ -157,7 +157,7 @@ def make_schedule(scheduler, num_steps, device):
     abar_prev = torch.cat([abar[1:], scheduler.final_alpha_cumprod.double().view(1)])
     alpha = abar / abar_prev
     beta = 1 - alpha
-    sigma = (beta * (1 - abar_prev) / (1 - abar)).sqrt()
+    sigma = (beta * (1 - abar_prev) / (1 - abar)).sqrt()  # eta = 1; so is the mean in ddpm_step
     tables = torch.stack([abar, abar_prev, alpha, beta, sigma]).float().to(device)
     return SimpleNamespace(
         tables=tables,
@@ -280,7 +280,7 @@ def check_algorithm(args, world_size):
 
 
 def compute_advantages(rewards, prompts, history, adv_clip):
-    """Normalise by the prompt's last 16 rewards, these included, or by the batch until it has 16.
+    """Normalise by the 16 newest rewards of the prompt, or by the batch until it has 16.
 
     rewards (N,), prompts list of N, history {prompt: last rewards}, updated in place -> (N,)
     """
@@ -306,6 +306,7 @@ def compute_loss(log_prob, batch, args):
     ratio = torch.exp(log_ratio)
     unclipped_loss = -batch["advantages"] * ratio
     clipped_loss = -batch["advantages"] * ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
+
     metrics = {
         "ratio_err": (ratio - 1).abs(),
         "approx_kl": 0.5 * log_ratio**2,
@@ -322,6 +323,7 @@ def accumulate_gradients(unet, rollout, samples, schedule, scaler, args):
     Returns a dict of metrics: means over the pairs, but the maximum of ratio_err.
     """
     unet.zero_grad()
+    # step by step as in sampling: half precision needs its batches, see choose_micro_batch
     pairs = torch.cartesian_prod(schedule.noisy_steps, samples)  # (num_pairs, 2)
     metrics = defaultdict(list)
     for chunk in pairs.split(args.micro_batch):
@@ -408,8 +410,10 @@ def gather(value):
 
 def average_gradients(unet):
     """Replace each process's gradient by the mean over the processes."""
+    if not dist.is_initialized():
+        return
     for p in unet.parameters():
-        if dist.is_initialized() and p.requires_grad:
+        if p.requires_grad:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad / dist.get_world_size()
             dist.all_reduce(p.grad)
 
@@ -427,14 +431,17 @@ def check_args(args):
             fail(f"{flag}: must be a finite number greater than 0")
         if name in not_negative and not 0 <= value < 2**63:
             fail(f"{flag}: must be a finite number, 0 or greater")
+
     if not all(0 <= beta < 1 for beta in args.adam_betas):
         fail(f"--adam-betas {args.adam_betas}: both must be at least 0 and below 1")
+
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0][:200]}")
     if args.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
         fail("--compile: needs a C++ compiler, such as g++")
+
     on_gpu = args.device.startswith("cuda")
     if args.precision == "auto":
         args.precision = "fp16" if on_gpu else "fp32"
@@ -554,14 +561,16 @@ def choose_micro_batch(args, latent_shape, num_samples, num_pairs):
     """
     if num_pairs == 0:
         fail(f"--num-steps {args.num_steps}: no step of this scheduler has noise")
+
     limit = args.micro_batch
     if limit == 0:
         limit = min(100, 2**17 // math.prod(latent_shape))  # 8 pairs of Stable Diffusion
         if args.device.startswith("cuda"):
             memory = torch.cuda.get_device_properties(args.device).total_memory / 2**30
-            if args.lora_rank == 0:  # weights, gradients and AdamW of Stable Diffusion: 14 GiB
-                memory = max(memory - 16, memory / 4)
+            if args.lora_rank == 0:  # weights, gradients, AdamW and ISKL's reference: 17 GiB
+                memory = max(memory - 18, memory / 4)
             limit = int(memory / 2.5 * 2**14 / math.prod(latent_shape))  # at 24 GiB: 9
+
     common = num_pairs
     if args.precision != "fp32":
         common = math.gcd(num_samples // args.num_updates, num_pairs)
@@ -605,7 +614,7 @@ def load_model(args):
     if device_type == "cuda":
         unet.to(memory_format=torch.channels_last)
     autocast = torch.autocast(device_type, dtype, enabled=args.precision != "fp32")
-    unet.forward = autocast(unet.forward)
+    unet.forward = MethodType(autocast(type(unet).forward), unet)  # survives copy.deepcopy(unet)
     if args.compile:
         unet.compile()
     return pipe, {name: p for name, p in unet.named_parameters() if p.requires_grad}
@@ -622,6 +631,9 @@ def open_run(args, pipe, prompts, score):
         metadata = json.loads(Path(args.resume, "args.json").read_text())
         if metadata["weights"] != fingerprint.hexdigest():
             fail(f"--resume {args.resume}: it started from other weights than {args.model}")
+        copy = Path(args.resume, Path(__file__).name)
+        if copy.exists() and copy.read_bytes() != Path(__file__).read_bytes():
+            print(f"{Path(__file__).name} has changed since this run began, see its copy {copy}")
         return Path(args.resume)
 
     script = Path(__file__).stem
@@ -671,7 +683,7 @@ def writing_to(run):
     """A disk that is full or read-only ends the run in one line; the last checkpoint is whole."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save: RuntimeError
+    except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         fail(f"cannot write to {run}: {reason}. Make room, then {resume_command(run)}")
 
@@ -691,7 +703,10 @@ def save_checkpoint(run, pipe, params, optimizer, state, args):
         "state": state,
     }
     (run / "checkpoint").mkdir(exist_ok=True)
-    torch.save(checkpoint, run / "checkpoint/state.tmp")
+    try:
+        torch.save(checkpoint, run / "checkpoint/state.tmp")
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(error) from error
     os.replace(run / "checkpoint/state.tmp", run / "checkpoint/state.pt")
 
 
@@ -771,7 +786,7 @@ def evaluate(pipe, run, iteration, prompts, score, alignment, schedule, latent_s
     generators = [make_generator(0, 0, i, 1) for i in range(len(eval_prompts))]
     latents, _, _ = run_policy(pipe, eval_prompts, generators, latent_shape, schedule, args)
     images = decode(pipe.vae, latents[:-1, -1])
-    # after steps 0 9 19 29 39 49 of 50, as in Figure 4; latents[:, k] is x after k steps
+    # x after 1, 10, 20, 30, 40 and 50 of 50 steps, which Figure 4 counts from 0
     strip_steps = [1] + [max(1, k * args.num_steps // 5) for k in range(1, 6)]
     strip = decode(pipe.vae, latents[-1, strip_steps])
 
@@ -871,15 +886,13 @@ def main(args):
     except RewardError as error:
         fail(f"--reward {args.reward}: {error}")
     pipe, params = load_model(args)
-    kind = f"LoRA of rank {args.lora_rank}" if args.lora_rank else "full fine-tuning"
+    method = f"LoRA of rank {args.lora_rank}" if args.lora_rank else "full fine-tuning"
     trained = sum(p.numel() for p in params.values())
-    print(f"{kind}: {trained / 1e6:.2f} M of {pipe.unet.num_parameters() / 1e6:.1f} M parameters")
-    limit = pipe.tokenizer.model_max_length
-    num_long = sum(len(ids) > limit for ids in pipe.tokenizer(prompts).input_ids)
+    print(f"{method}: {trained / 1e6:.2f} M of {pipe.unet.num_parameters() / 1e6:.1f} M parameters")
+    max_tokens = pipe.tokenizer.model_max_length
+    num_long = sum(len(ids) > max_tokens for ids in pipe.tokenizer(prompts).input_ids)
     if num_long > 0:
-        print(
-            f"{num_long} of {len(prompts)} prompts have more than {limit} tokens and are cut there"
-        )
+        print(f"{num_long} of {len(prompts)} prompts are cut after {max_tokens} tokens")
     optimizer = torch.optim.AdamW(
         params.values(),
         lr=args.lr,
@@ -889,7 +902,7 @@ def main(args):
         fused=args.device.startswith("cuda"),
     )
     scaler = torch.amp.GradScaler(device_type, enabled=args.precision == "fp16")
-    scaler.scale(torch.zeros((), device=args.device))  # sets it up in a process without pairs too
+    scaler.scale(torch.zeros((), device=args.device))  # sets it up, also where RWR leaves no pairs
 
     # open the run; row 0 of its metrics is the pretrained model
     run = open_run(args, pipe, prompts, score) if rank == 0 else None
@@ -912,11 +925,11 @@ def main(args):
         tracker.log(rows[-1], step=done)
     signals = stop_signals()
 
-    # None: no bar where the output is not a terminal
+    # no bar where the output is not a terminal (None), nor in the other processes (True)
     progress = tqdm(initial=done, total=args.iterations, disable=None if rank == 0 else True)
     for iteration in range(done + 1, args.iterations + 1):
         # sample: process r draws the samples r, r + world_size, ...
-        start = time.time()
+        start_time = time.time()
         generators = [make_generator(args.seed, iteration, i, 0) for i in range(args.num_samples)]
         all_prompts = [prompts[torch.randint(len(prompts), (), generator=g)] for g in generators]
         generators = generators[rank::world_size]
@@ -951,7 +964,7 @@ def main(args):
             scaler.update()
             state["skipped"] = 0 if is_finite else state["skipped"] + 1
             if state["skipped"] == 10:
-                sys.exit("10 updates in a row were not finite: start a new run with a lower --lr")
+                fail("10 updates in a row were not finite: start a new run with a lower --lr")
             updates.append({**info, "grad_norm": grad_norm, "skipped": float(not is_finite)})
         train_time = time.time()
 
@@ -968,12 +981,12 @@ def main(args):
         all_updates = sum(gather(updates), [])  # of all processes
         for name in updates[0]:
             row[name] = float(np.mean([update[name] for update in all_updates]))
-        # in the first update no weight has moved yet: what is left is rounding
+        # in the first update no weight has moved yet: what is left is rounding, or a mistake
         row["ratio_err"] = max(gather(updates[0]["ratio_err"]))
         noted = any(earlier.get("ratio_err", 0) > args.clip_range / 10 for earlier in rows)
         if row["ratio_err"] > args.clip_range / 10 and not noted:
-            tqdm.write("ratio_err is over a tenth of the clip range: use --precision fp32")
-        row["sample_s"] = sample_time - start
+            tqdm.write("ratio_err is high: use fp32, or, if it is in use, read docs/metrics.md")
+        row["sample_s"] = sample_time - start_time
         row["reward_s"] = reward_time - sample_time
         row["train_s"] = train_time - reward_time
         row["images_per_s"] = args.num_samples / row["sample_s"]
@@ -981,7 +994,7 @@ def main(args):
         if args.device.startswith("cuda"):
             row["peak_mem_gb"] = torch.cuda.max_memory_allocated(args.device) / 1e9
         rows.append(row)
-        seconds = train_time - start
+        seconds = train_time - start_time
         left = seconds * (args.iterations - iteration) / 60
         text = f"reward {row['reward_mean']:.3f} +- {row['reward_std']:.3f}"
         tqdm.write(f"iteration {iteration}: {text}, {seconds:.1f} s, {left:.0f} min left")

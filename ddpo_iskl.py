@@ -7,10 +7,10 @@ of the finished picture is the return of every step. With A the normalised rewar
 
     ratio = exp(log_prob - log_prob_old)      the policy now / the policy that drew the sample
     loss  = max(-A * ratio, -A * clip(ratio, 1 - clip_range, 1 + clip_range)) + kl_coef * kl
-    kl    = |mu - mu_ref|^2 / (2 sigma^2 D), or --kl squared: (log_prob - log_prob_ref - b)^2 / 2
+    kl    = |mu - mu_ref|^2 / (2 sigma^2 D)    D: numbers in a latent, 768 in models/emoji
 
-The reference scores the policy's own x_t and x_{t-1} (line 29); the paper's code lets it draw its
-own, and penalises noise. b, the first form's value, is a baseline. diff ddpo_is.py ddpo_iskl.py
+The reference scores the policy's own x_t and x_{t-1} (Algorithm 5, line 29); the paper's code lets
+it draw a trajectory of its own, and so penalises noise. diff ddpo_is.py ddpo_iskl.py
 
     python ddpo_iskl.py --reward compress --lr 3e-4
     ... --iterations 20 --num-steps 20      # a quick look
@@ -42,7 +42,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Literal
 
 # OpenMP's threads spin while they wait, which stalls a run beside any other busy process.
@@ -141,9 +141,9 @@ class Args:
     clip_range: float = 1e-4
     """trust region: the ratio is clipped to 1 +- this"""
     kl: Literal["exact", "squared"] = "exact"
-    """KL penalty: the closed form, or (log_prob - log_prob_ref - closed form)^2 / 2"""
+    """KL penalty: exact, or squared = (log_prob - log_prob_ref - exact)^2 / 2, 1/D as strong"""
     kl_coef: float = 0.01
-    """weight of the KL penalty (lambda_KL); 0 is DDPO-IS with its KL logged"""
+    """weight of the KL penalty (lambda_KL), 0: DDPO-IS, KL logged; squared needs D times as much"""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def make_schedule(scheduler, num_steps, device):
     """The DDPM chain over `num_steps` timesteps of a diffusers scheduler, first step to last.
 
     tables (5, T): abar_t, abar_{t-1}, alpha_t, beta_t, sigma_t; sigma (T,): its last row;
-    noisy_steps: the steps with sigma > 0; alphas_cumprod: abar of all training timesteps.
+    noisy_steps: the steps with sigma > 0; alphas_cumprod: abar of all training timesteps (RWR).
     """
     scheduler.set_timesteps(num_steps)
     alphas_cumprod = scheduler.alphas_cumprod.double()
@@ -162,7 +162,7 @@ def make_schedule(scheduler, num_steps, device):
     abar_prev = torch.cat([abar[1:], scheduler.final_alpha_cumprod.double().view(1)])
     alpha = abar / abar_prev
     beta = 1 - alpha
-    sigma = (beta * (1 - abar_prev) / (1 - abar)).sqrt()
+    sigma = (beta * (1 - abar_prev) / (1 - abar)).sqrt()  # eta = 1; so is the mean in ddpm_step
     tables = torch.stack([abar, abar_prev, alpha, beta, sigma]).float().to(device)
     return SimpleNamespace(
         tables=tables,
@@ -287,7 +287,7 @@ def check_algorithm(args, world_size):
 
 
 def compute_advantages(rewards, prompts, history, adv_clip):
-    """Normalise by the prompt's last 16 rewards, these included, or by the batch until it has 16.
+    """Normalise by the 16 newest rewards of the prompt, or by the batch until it has 16.
 
     rewards (N,), prompts list of N, history {prompt: last rewards}, updated in place -> (N,)
     """
@@ -304,10 +304,10 @@ def compute_advantages(rewards, prompts, history, adv_clip):
 
 
 def compute_loss(log_prob, mean, batch, schedule, args):
-    """Clipped policy gradient plus the KL penalty (lines 29-31) of n pairs.
+    """Clipped policy gradient (lines 29-31) of n pairs. The ratio is per step (equation 2).
 
     log_prob (n,), mean (n, C, H, W) of the current policy; batch: step, log_prob_old, advantages,
-    log_prob_ref, (n,) each, and mean_ref (n, C, H, W).
+    log_prob_ref, (n,) each, and mean_ref (n, C, H, W), for the KL penalty.
     Returns the loss (n,) and a dict of metrics (n,).
     """
     log_ratio = log_prob - batch["log_prob_old"]
@@ -315,9 +315,10 @@ def compute_loss(log_prob, mean, batch, schedule, args):
     unclipped_loss = -batch["advantages"] * ratio
     clipped_loss = -batch["advantages"] * ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
     sigma = schedule.sigma[batch["step"]]  # of both policies, which makes the KL exact
-    kl = (mean - batch["mean_ref"]).square().mean(dim=(1, 2, 3)) / (2 * sigma**2)
+    kl = (mean - batch["mean_ref"]).square().mean(dim=(1, 2, 3)) / (2 * sigma**2)  # KL / D
     squared = 0.5 * (log_prob - batch["log_prob_ref"] - kl.detach()) ** 2  # kl: a baseline
     penalty = args.kl_coef * (kl if args.kl == "exact" else squared)
+
     metrics = {
         "ratio_err": (ratio - 1).abs(),
         "approx_kl": 0.5 * log_ratio**2,
@@ -338,7 +339,7 @@ def score_reference(unet, reference, latents, next_latents, step, embeds, schedu
     if reference is None:
         unet.enable_adapters()
     _, log_prob, mean = ddpm_step(noise_pred, latents, step, schedule, next_latents)
-    return {"step": step, "log_prob_ref": log_prob, "mean_ref": mean}
+    return {"log_prob_ref": log_prob, "mean_ref": mean}
 
 
 def accumulate_gradients(unet, reference, rollout, samples, schedule, scaler, args):
@@ -346,10 +347,10 @@ def accumulate_gradients(unet, reference, rollout, samples, schedule, scaler, ar
 
     rollout: latents (N, T + 1, C, H, W), embeds (2, N, L, D), log_probs (N, T), advantages (N,);
     samples (n,): indices into them. Deterministic steps have no density and are left out.
-    reference: the frozen pretrained UNet; None with LoRA.
     Returns a dict of metrics: means over the pairs, but the maximum of ratio_err.
     """
     unet.zero_grad()
+    # step by step as in sampling: half precision needs its batches, see choose_micro_batch
     pairs = torch.cartesian_prod(schedule.noisy_steps, samples)  # (num_pairs, 2)
     metrics = defaultdict(list)
     for chunk in pairs.split(args.micro_batch):
@@ -358,6 +359,7 @@ def accumulate_gradients(unet, reference, rollout, samples, schedule, scaler, ar
         next_latents = rollout["latents"][index, step + 1]
         embeds = rollout["embeds"][:, index]
         batch = {
+            "step": step,
             "log_prob_old": rollout["log_probs"][index, step],
             "advantages": rollout["advantages"][index],
             **score_reference(unet, reference, latents, next_latents, step, embeds, schedule, args),
@@ -437,8 +439,10 @@ def gather(value):
 
 def average_gradients(unet):
     """Replace each process's gradient by the mean over the processes."""
+    if not dist.is_initialized():
+        return
     for p in unet.parameters():
-        if dist.is_initialized() and p.requires_grad:
+        if p.requires_grad:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad / dist.get_world_size()
             dist.all_reduce(p.grad)
 
@@ -456,14 +460,17 @@ def check_args(args):
             fail(f"{flag}: must be a finite number greater than 0")
         if name in not_negative and not 0 <= value < 2**63:
             fail(f"{flag}: must be a finite number, 0 or greater")
+
     if not all(0 <= beta < 1 for beta in args.adam_betas):
         fail(f"--adam-betas {args.adam_betas}: both must be at least 0 and below 1")
+
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0][:200]}")
     if args.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
         fail("--compile: needs a C++ compiler, such as g++")
+
     on_gpu = args.device.startswith("cuda")
     if args.precision == "auto":
         args.precision = "fp16" if on_gpu else "fp32"
@@ -583,14 +590,16 @@ def choose_micro_batch(args, latent_shape, num_samples, num_pairs):
     """
     if num_pairs == 0:
         fail(f"--num-steps {args.num_steps}: no step of this scheduler has noise")
+
     limit = args.micro_batch
     if limit == 0:
         limit = min(100, 2**17 // math.prod(latent_shape))  # 8 pairs of Stable Diffusion
         if args.device.startswith("cuda"):
             memory = torch.cuda.get_device_properties(args.device).total_memory / 2**30
-            if args.lora_rank == 0:  # weights, gradients and AdamW of Stable Diffusion: 14 GiB
-                memory = max(memory - 16, memory / 4)
+            if args.lora_rank == 0:  # weights, gradients, AdamW and ISKL's reference: 17 GiB
+                memory = max(memory - 18, memory / 4)
             limit = int(memory / 2.5 * 2**14 / math.prod(latent_shape))  # at 24 GiB: 9
+
     common = num_pairs
     if args.precision != "fp32":
         common = math.gcd(num_samples // args.num_updates, num_pairs)
@@ -634,7 +643,7 @@ def load_model(args):
     if device_type == "cuda":
         unet.to(memory_format=torch.channels_last)
     autocast = torch.autocast(device_type, dtype, enabled=args.precision != "fp32")
-    unet.forward = autocast(unet.forward)
+    unet.forward = MethodType(autocast(type(unet).forward), unet)  # survives copy.deepcopy(unet)
     if args.compile:
         unet.compile()
     return pipe, {name: p for name, p in unet.named_parameters() if p.requires_grad}
@@ -651,6 +660,9 @@ def open_run(args, pipe, prompts, score):
         metadata = json.loads(Path(args.resume, "args.json").read_text())
         if metadata["weights"] != fingerprint.hexdigest():
             fail(f"--resume {args.resume}: it started from other weights than {args.model}")
+        copy = Path(args.resume, Path(__file__).name)
+        if copy.exists() and copy.read_bytes() != Path(__file__).read_bytes():
+            print(f"{Path(__file__).name} has changed since this run began, see its copy {copy}")
         return Path(args.resume)
 
     script = Path(__file__).stem
@@ -700,7 +712,7 @@ def writing_to(run):
     """A disk that is full or read-only ends the run in one line; the last checkpoint is whole."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save: RuntimeError
+    except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         fail(f"cannot write to {run}: {reason}. Make room, then {resume_command(run)}")
 
@@ -720,7 +732,10 @@ def save_checkpoint(run, pipe, params, optimizer, state, args):
         "state": state,
     }
     (run / "checkpoint").mkdir(exist_ok=True)
-    torch.save(checkpoint, run / "checkpoint/state.tmp")
+    try:
+        torch.save(checkpoint, run / "checkpoint/state.tmp")
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(error) from error
     os.replace(run / "checkpoint/state.tmp", run / "checkpoint/state.pt")
 
 
@@ -800,7 +815,7 @@ def evaluate(pipe, run, iteration, prompts, score, alignment, schedule, latent_s
     generators = [make_generator(0, 0, i, 1) for i in range(len(eval_prompts))]
     latents, _, _ = run_policy(pipe, eval_prompts, generators, latent_shape, schedule, args)
     images = decode(pipe.vae, latents[:-1, -1])
-    # after steps 0 9 19 29 39 49 of 50, as in Figure 4; latents[:, k] is x after k steps
+    # x after 1, 10, 20, 30, 40 and 50 of 50 steps, which Figure 4 counts from 0
     strip_steps = [1] + [max(1, k * args.num_steps // 5) for k in range(1, 6)]
     strip = decode(pipe.vae, latents[-1, strip_steps])
 
@@ -900,16 +915,16 @@ def main(args):
     except RewardError as error:
         fail(f"--reward {args.reward}: {error}")
     pipe, params = load_model(args)
-    reference = None if args.lora_rank else load_model(args)[0].unet.requires_grad_(False)
-    kind = f"LoRA of rank {args.lora_rank}" if args.lora_rank else "full fine-tuning"
+    reference = None  # with LoRA it is the policy without its adapter
+    if args.lora_rank == 0:
+        reference = load_model(args)[0].unet.requires_grad_(False)
+    method = f"LoRA of rank {args.lora_rank}" if args.lora_rank else "full fine-tuning"
     trained = sum(p.numel() for p in params.values())
-    print(f"{kind}: {trained / 1e6:.2f} M of {pipe.unet.num_parameters() / 1e6:.1f} M parameters")
-    limit = pipe.tokenizer.model_max_length
-    num_long = sum(len(ids) > limit for ids in pipe.tokenizer(prompts).input_ids)
+    print(f"{method}: {trained / 1e6:.2f} M of {pipe.unet.num_parameters() / 1e6:.1f} M parameters")
+    max_tokens = pipe.tokenizer.model_max_length
+    num_long = sum(len(ids) > max_tokens for ids in pipe.tokenizer(prompts).input_ids)
     if num_long > 0:
-        print(
-            f"{num_long} of {len(prompts)} prompts have more than {limit} tokens and are cut there"
-        )
+        print(f"{num_long} of {len(prompts)} prompts are cut after {max_tokens} tokens")
     optimizer = torch.optim.AdamW(
         params.values(),
         lr=args.lr,
@@ -919,7 +934,7 @@ def main(args):
         fused=args.device.startswith("cuda"),
     )
     scaler = torch.amp.GradScaler(device_type, enabled=args.precision == "fp16")
-    scaler.scale(torch.zeros((), device=args.device))  # sets it up in a process without pairs too
+    scaler.scale(torch.zeros((), device=args.device))  # sets it up, also where RWR leaves no pairs
 
     # open the run; row 0 of its metrics is the pretrained model
     run = open_run(args, pipe, prompts, score) if rank == 0 else None
@@ -942,11 +957,11 @@ def main(args):
         tracker.log(rows[-1], step=done)
     signals = stop_signals()
 
-    # None: no bar where the output is not a terminal
+    # no bar where the output is not a terminal (None), nor in the other processes (True)
     progress = tqdm(initial=done, total=args.iterations, disable=None if rank == 0 else True)
     for iteration in range(done + 1, args.iterations + 1):
         # sample: process r draws the samples r, r + world_size, ...
-        start = time.time()
+        start_time = time.time()
         generators = [make_generator(args.seed, iteration, i, 0) for i in range(args.num_samples)]
         all_prompts = [prompts[torch.randint(len(prompts), (), generator=g)] for g in generators]
         generators = generators[rank::world_size]
@@ -983,7 +998,7 @@ def main(args):
             scaler.update()
             state["skipped"] = 0 if is_finite else state["skipped"] + 1
             if state["skipped"] == 10:
-                sys.exit("10 updates in a row were not finite: start a new run with a lower --lr")
+                fail("10 updates in a row were not finite: start a new run with a lower --lr")
             updates.append({**info, "grad_norm": grad_norm, "skipped": float(not is_finite)})
         train_time = time.time()
 
@@ -1000,12 +1015,12 @@ def main(args):
         all_updates = sum(gather(updates), [])  # of all processes
         for name in updates[0]:
             row[name] = float(np.mean([update[name] for update in all_updates]))
-        # in the first update no weight has moved yet: what is left is rounding
+        # in the first update no weight has moved yet: what is left is rounding, or a mistake
         row["ratio_err"] = max(gather(updates[0]["ratio_err"]))
         noted = any(earlier.get("ratio_err", 0) > args.clip_range / 10 for earlier in rows)
         if row["ratio_err"] > args.clip_range / 10 and not noted:
-            tqdm.write("ratio_err is over a tenth of the clip range: use --precision fp32")
-        row["sample_s"] = sample_time - start
+            tqdm.write("ratio_err is high: use fp32, or, if it is in use, read docs/metrics.md")
+        row["sample_s"] = sample_time - start_time
         row["reward_s"] = reward_time - sample_time
         row["train_s"] = train_time - reward_time
         row["images_per_s"] = args.num_samples / row["sample_s"]
@@ -1013,7 +1028,7 @@ def main(args):
         if args.device.startswith("cuda"):
             row["peak_mem_gb"] = torch.cuda.max_memory_allocated(args.device) / 1e9
         rows.append(row)
-        seconds = train_time - start
+        seconds = train_time - start_time
         left = seconds * (args.iterations - iteration) / 60
         text = f"reward {row['reward_mean']:.3f} +- {row['reward_std']:.3f}"
         tqdm.write(f"iteration {iteration}: {text}, {seconds:.1f} s, {left:.0f} min left")

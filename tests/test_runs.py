@@ -709,6 +709,20 @@ def test_resume_of_a_finished_run_changes_nothing(finished, tmp_path, command_li
     assert_same_run(folder, finished)
 
 
+def test_resume_says_that_the_script_was_edited(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    notice = "ddpo_is.py has changed since this run began"
+    resume(ddpo_is, folder)
+    assert notice not in capsys.readouterr().out
+    with open(folder / "ddpo_is.py", "a") as file:
+        file.write("# a line more\n")
+    resume(ddpo_is, folder)
+    assert f"{notice}, see its copy {folder}/ddpo_is.py" in capsys.readouterr().out
+    (folder / "ddpo_is.py").unlink()
+    resume(ddpo_is, folder)
+    assert notice not in capsys.readouterr().out
+
+
 def test_resume_takes_all_arguments_of_the_run(finished):
     saved = read_args(finished)["args"]
     args = ddpo_is.parse_args(["--resume", str(finished)])
@@ -995,7 +1009,7 @@ def test_a_constant_reward_moves_nothing_but_weight_decay(options, tmp_path, scr
 
 @every_script
 def test_updates_that_are_not_finite_are_skipped_and_then_stop_the_run(
-    options, tmp_path, monkeypatch, script
+    options, tmp_path, monkeypatch, capsys, script
 ):
     real = script.compute_loss
 
@@ -1011,8 +1025,11 @@ def test_updates_that_are_not_finite_are_skipped_and_then_stop_the_run(
         assert torch.equal(value, start[name]), name
     assert [row["skipped"] for row in read_metrics(folder)[1:]] == [1, 1, 1, 1]
     # the fifth iteration has the ninth and the tenth, also after a resume
-    with pytest.raises(SystemExit, match="10 updates in a row were not finite: start a new run"):
+    with pytest.raises(SystemExit) as stop:
         resume(script, folder, "--iterations", 6)
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: 10 updates in a row were not finite: start a new run")
     assert read_metrics(folder)[-1]["iteration"] == 4
 
 
@@ -1056,6 +1073,18 @@ def test_weights_that_are_not_finite_are_never_saved(options, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyError])
+def test_a_mistake_while_saving_keeps_its_traceback(options, tmp_path, monkeypatch, error):
+    """Only a disk's errors are told in one line."""
+
+    def save(*_):
+        raise error("share memory")
+
+    monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", save)
+    with pytest.raises(error, match="share memory"):
+        run(ddpo_is, tmp_path, **options)
+
+
 # ---- disks ----
 
 
@@ -1086,9 +1115,9 @@ def assert_one_line_and_a_whole_checkpoint(done, folder):
     assert load_state(folder)["state"]["rows"][-1]["iteration"] == 3
 
 
-@pytest.mark.parametrize("room", [0, 100_000])
+@pytest.mark.parametrize("room", [0, 100_000, 500_000])
 def test_a_full_disk(straight, options, tmp_path, command_line, disk, room):
-    """With no room for a picture; with room for all but the checkpoint, which has 0.8 MB."""
+    """With no room for a picture, for the UNet, and for the checkpoint, which has 0.8 MB."""
     reward = acting_reward(tmp_path, FILL.format(str(disk), room).strip())
     done = command_line(*flags(**options | {"reward": reward, "out": disk}))
     (folder,) = disk.glob("ddpo_is__*")

@@ -3,6 +3,7 @@
 The sampler is the same in all five scripts (test_scripts_in_sync.py); ddpo_is.py stands for them.
 """
 
+import copy
 import itertools
 import json
 from types import SimpleNamespace
@@ -410,6 +411,25 @@ def ratio_err(policy, rollout):
         policy.args,
     )
     return info["ratio_err"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_copy_of_the_unet_has_weights_of_its_own(tiny_sd, lora_rank, precision):
+    """An average of the weights, or a frozen copy, is made with copy.deepcopy."""
+    policy = load_policy(ddpo_is, tiny_sd, lora_rank=lora_rank, precision=precision)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, *policy.latent_shape, generator=generator)
+    width = policy.unet.config.cross_attention_dim
+    inputs = (latents, torch.tensor([5, 900]), torch.randn(2, 2, 77, width, generator=generator), 5)
+    with torch.no_grad():
+        before = ddpo_is.predict_noise(policy.unet, *inputs)
+        duplicate = copy.deepcopy(policy.unet)
+        assert torch.equal(ddpo_is.predict_noise(duplicate, *inputs), before)
+        for p in policy.params.values():
+            p.add_(0.1)
+        assert not torch.equal(ddpo_is.predict_noise(policy.unet, *inputs), before)
+        assert torch.equal(ddpo_is.predict_noise(duplicate, *inputs), before)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])

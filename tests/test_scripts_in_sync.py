@@ -41,7 +41,7 @@ NEIGHBOURS = {
         "compute_loss": None,
         "score_reference": None,
         "accumulate_gradients": 8,  # the reference
-        "main: load": 1,
+        "main: load": 3,  # the reference
         "main: train": 4,
     },
     ("rwr", "rwr_sparse"): {
