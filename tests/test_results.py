@@ -13,14 +13,14 @@ import plot
 PAGE = ROOT / "results/README.md"
 # a command that prints a table, and the lines of the table below it
 SHOWN = re.compile(
-    r"```bash\npython plot\.py ((?:table|equal|compare) [^\n]*)\n```\n\n((?:\|.*\n)+)"
+    r"```bash\npython plot\.py ((?:table|equal|compare|gain) [^\n]*)\n```\n\n((?:\|.*\n)+)"
 )
 TABLES = SHOWN.findall(PAGE.read_text(encoding="utf-8"))
 
 
 def test_the_page_has_tables():
     commands = {command.split()[0] for command, _ in TABLES}
-    assert commands == {"table", "equal", "compare"}
+    assert commands == {"table", "equal", "compare", "gain"}
 
 
 @pytest.mark.parametrize("command, table", TABLES, ids=[command for command, _ in TABLES])
