@@ -12,7 +12,7 @@ It needs no log-probabilities, but many samples. With few it is a baseline to st
 iterations: trained on its own pictures the model blurs them whatever the reward, so `compress`
 improves and `incompress` does not (results/README.md). The pair: diff rwr.py rwr_sparse.py
 
-    python rwr.py --reward compress
+    python rwr.py --reward compress --iterations 20
     ... --iterations 20 --num-steps 20      # a quick look
     ... --resume runs/NAME                  # continue a run
 
