@@ -529,7 +529,7 @@ def test_long_prompts_are_said_once(command_line, tiny_sd, tmp_path):
     done = command_line(*SHORT, *inputs)
     assert done.code == 0
     said = done.out + done.err
-    assert said.count("more than 16 tokens") == 1
+    assert said.count("1 of 2 prompts are cut after 16 tokens") == 1
     assert "truncated" not in said
     assert "Token indices" not in said
 
