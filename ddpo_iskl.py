@@ -1064,6 +1064,8 @@ def main(args):
         print(f"{args.reward}: {before:.3f} -> {after:.3f} on fixed prompts and noise; see {run}")
         if rows[-1]["iteration"] < args.iterations:
             print(f"resume with: {resume_command(run)}")
+        elif done >= args.iterations:
+            print(f"it was finished; a new total: {resume_command(run)} --iterations N")
     if dist.is_initialized():
         dist.destroy_process_group()
     return run
