@@ -1,22 +1,20 @@
 """
 RWR: reward-weighted regression on the policy's own samples (Algorithm 1).
 
-The policy draws several samples of each prompt and is trained on them with the denoising loss, the
-better ones weighted more. With x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, the loss of one
-(sample, noise) pair is
+The policy draws several samples of each prompt. The denoising loss pulls it towards the better ones
+and pushes it away from the others. With x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, the loss of
+one (sample, noise) pair is
 
-    w    = exp(beta * r) / sum of exp(beta * r) over the samples of the same prompt
+    w    = exp(beta * r) / sum of exp(beta * r) over the samples of the same prompt, less the mean
     loss = w * mean((eps - eps_hat)^2)        t uniform over all training timesteps
 
-It needs no log-probabilities, but many samples. With few it is a baseline to stop after 20
-iterations: trained on its own pictures the model blurs them whatever the reward, so `compress`
-improves and `incompress` does not (results/README.md). The pair: diff rwr.py rwr_sparse.py
+It needs no log-probabilities. The mean weight of a prompt is subtracted, a baseline that the paper
+does not have: without it (--no-center-weights) the model, which is trained on its own pictures,
+blurs them whatever the reward, see results/README.md. The pair: diff rwr.py rwr_sparse.py
 
-    python rwr.py --reward compress --iterations 20
+    python rwr.py --reward compress --iterations 60
     ... --iterations 20 --num-steps 20      # a quick look
     ... --resume runs/NAME                  # continue a run
-
-Measured on models/emoji, 30 iterations, n = 3: 2.500 -> 1.287 kB, as with equal weights (1.336 kB).
 
 The algorithms are from "Guiding the training of diffusion models: a replication of DDPO" (Gao, Shi,
 Zhang; https://github.com/kevin-zhang-1/Fall-2025-Reinforcement-Learning-Final-Project), after DDPO:
@@ -121,7 +119,7 @@ class Args:
     guidance_scale: float = 5.0
     """classifier-free guidance weight, in sampling and in training (W_c)"""
     # optimisation
-    lr: float = 1e-4
+    lr: float = 3e-5
     """AdamW learning rate (eta)"""
     weight_decay: float = 1e-4
     """AdamW weight decay (lambda)"""
@@ -138,6 +136,8 @@ class Args:
     # this algorithm
     samples_per_prompt: int = 4
     """samples of each prompt in an iteration, which are compared with each other"""
+    center_weights: bool = True
+    """subtract the mean weight of a prompt's samples, as a baseline; Algorithms 1 and 2 do not"""
     beta: float = 10.0
     """inverse temperature of the weights, per unit of reward; 0 = equal weights"""
 
@@ -271,7 +271,7 @@ def check_algorithm(args, world_size):
     """Refuse what this algorithm cannot use."""
     if not 0 <= args.beta < math.inf:
         fail(f"--beta {args.beta}: must be 0 or greater")
-    least = 2  # with one sample per prompt every weight would be 1
+    least = 2  # one has no peers
     if args.samples_per_prompt < least:
         fail(f"--samples-per-prompt {args.samples_per_prompt}: must be at least {least}")
     if args.num_samples % args.samples_per_prompt > 0 or args.num_samples % world_size > 0:
@@ -279,13 +279,14 @@ def check_algorithm(args, world_size):
 
 
 def compute_weights(rewards, prompts, args):
-    """exp(beta * reward) / Z_c over the samples of the same prompt (lines 11-17).
+    """exp(beta * reward) / Z_c over the samples of the same prompt (lines 11-17), less their mean.
 
     rewards (N,), prompts list of N. Returns the weights (N,), and as a metric the effective number
-    of samples of a prompt, 1 / sum of squared weights.
+    of samples of a prompt, 1 / sum of squared weights before the mean is subtracted.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     prompts = np.array(prompts)
+
     weights = np.zeros(len(rewards))
     effective_samples = np.zeros(len(rewards))
     for prompt in np.unique(prompts):
@@ -293,6 +294,8 @@ def compute_weights(rewards, prompts, args):
         exp = np.exp(args.beta * (rewards[peers] - rewards[peers].max()))  # the maximum cancels
         weights[peers] = exp / exp.sum()
         effective_samples[peers] = 1 / np.sum(weights[peers] ** 2)
+        if args.center_weights:
+            weights[peers] -= weights[peers].mean()
     return weights, {"effective_samples": float(effective_samples.mean())}
 
 
@@ -310,11 +313,11 @@ def accumulate_gradients(unet, rollout, schedule, scaler, args):
 
     rollout: latents x_0 (N, C, H, W), embeds (2, N, L, D), weights (N,), and D draws for each
     sample, timesteps (N, D) and noise (N, D, C, H, W). A weight that float32 loses beside the
-    others, which sum to 1 for a prompt, is left out. Returns a dict of metrics: the loss as a mean
-    over all pairs, the unweighted mse over those with a weight, if any.
+    others is left out. Returns a dict of metrics: the loss as a mean over all pairs, the unweighted
+    mse over those with a weight, if any.
     """
     unet.zero_grad()
-    has_weight = (rollout["weights"][:, None] > 1e-7).expand(rollout["timesteps"].shape)
+    has_weight = (rollout["weights"][:, None].abs() > 1e-7).expand(rollout["timesteps"].shape)
     pairs = has_weight.nonzero()  # (num_pairs, 2)
     metrics = defaultdict(list)
     for chunk in pairs.split(args.micro_batch):

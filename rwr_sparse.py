@@ -1,22 +1,20 @@
 """
 Sparse RWR: reward-weighted regression with weights 0 and 1 (Algorithm 2).
 
-The policy draws several samples of each prompt and is trained on them with the denoising loss, the
-best ones alone. With x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, the loss of one
-(sample, noise) pair is
+The policy draws several samples of each prompt. The denoising loss pulls it towards the better ones
+and pushes it away from the others. With x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, the loss of
+one (sample, noise) pair is
 
-    w    = 1 if r >= C else 0                 C: given, or a quantile of the prompt's rewards
+    w    = 1 if r >= C else 0, less the mean of the prompt      C: given, or a quantile of its r
     loss = w * mean((eps - eps_hat)^2)        t uniform over all training timesteps
 
-It needs no log-probabilities, but many samples. With few it is a baseline to stop after 20
-iterations: trained on its own pictures the model blurs them whatever the reward, so `compress`
-improves and `incompress` does not (results/README.md). The pair: diff rwr.py rwr_sparse.py
+It needs no log-probabilities. The mean weight of a prompt is subtracted, a baseline that the paper
+does not have: without it (--no-center-weights) the model, which is trained on its own pictures,
+blurs them whatever the reward, see results/README.md. The pair: diff rwr.py rwr_sparse.py
 
-    python rwr_sparse.py --reward compress --iterations 20
+    python rwr_sparse.py --reward compress --iterations 60
     ... --iterations 20 --num-steps 20      # a quick look
     ... --resume runs/NAME                  # continue a run
-
-Measured on models/emoji, 30 iterations, n = 3: 2.500 -> 1.338 kB, as with equal weights (1.336 kB).
 
 The algorithms are from "Guiding the training of diffusion models: a replication of DDPO" (Gao, Shi,
 Zhang; https://github.com/kevin-zhang-1/Fall-2025-Reinforcement-Learning-Final-Project), after DDPO:
@@ -121,7 +119,7 @@ class Args:
     guidance_scale: float = 5.0
     """classifier-free guidance weight, in sampling and in training (W_c)"""
     # optimisation
-    lr: float = 1e-4
+    lr: float = 3e-5
     """AdamW learning rate (eta)"""
     weight_decay: float = 1e-4
     """AdamW weight decay (lambda)"""
@@ -138,6 +136,8 @@ class Args:
     # this algorithm
     samples_per_prompt: int = 4
     """samples of each prompt in an iteration, which are compared with each other"""
+    center_weights: bool = True
+    """subtract the mean weight of a prompt's samples, as a baseline; Algorithms 1 and 2 do not"""
     threshold: float | None = None
     """C, the least reward that is trained on, in its unit; default: --quantile decides"""
     quantile: float = 0.9
@@ -275,7 +275,7 @@ def check_algorithm(args, world_size):
         fail(f"--quantile {args.quantile}: must be from 0 to 1")
     if args.threshold is not None and not math.isfinite(args.threshold):
         fail(f"--threshold {args.threshold}: must be a finite number")
-    least = 2 if args.threshold is None else 1  # with one every weight would be 1
+    least = 2 if args.center_weights or args.threshold is None else 1  # one has no peers
     if args.samples_per_prompt < least:
         fail(f"--samples-per-prompt {args.samples_per_prompt}: must be at least {least}")
     if args.num_samples % args.samples_per_prompt > 0 or args.num_samples % world_size > 0:
@@ -283,13 +283,14 @@ def check_algorithm(args, world_size):
 
 
 def compute_weights(rewards, prompts, args):
-    """1 where the reward reaches C, else 0 (lines 11-13).
+    """1 where the reward reaches C, else 0 (lines 11-13), less the mean of the prompt's samples.
 
     rewards (N,), prompts list of N. Returns the weights (N,), and as metrics the mean of C, which
     is --threshold or a quantile of the prompt's own rewards, and the share of rewards that pass.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     prompts = np.array(prompts)
+
     weights = np.zeros(len(rewards))
     thresholds = np.zeros(len(rewards))
     for prompt in np.unique(prompts):
@@ -297,7 +298,10 @@ def compute_weights(rewards, prompts, args):
         quantile = np.quantile(rewards[peers], args.quantile)
         thresholds[peers] = quantile if args.threshold is None else args.threshold
         weights[peers] = rewards[peers] >= thresholds[peers]
-    return weights, {"threshold": float(thresholds.mean()), "passed": float(weights.mean())}
+        if args.center_weights:
+            weights[peers] -= weights[peers].mean()
+    passed = (rewards >= thresholds).mean()
+    return weights, {"threshold": float(thresholds.mean()), "passed": float(passed)}
 
 
 def compute_loss(noise_pred, noise, weights):
@@ -314,11 +318,11 @@ def accumulate_gradients(unet, rollout, schedule, scaler, args):
 
     rollout: latents x_0 (N, C, H, W), embeds (2, N, L, D), weights (N,), and D draws for each
     sample, timesteps (N, D) and noise (N, D, C, H, W). A weight that float32 loses beside the
-    others, which sum to 1 for a prompt, is left out. Returns a dict of metrics: the loss as a mean
-    over all pairs, the unweighted mse over those with a weight, if any.
+    others is left out. Returns a dict of metrics: the loss as a mean over all pairs, the unweighted
+    mse over those with a weight, if any.
     """
     unet.zero_grad()
-    has_weight = (rollout["weights"][:, None] > 1e-7).expand(rollout["timesteps"].shape)
+    has_weight = (rollout["weights"][:, None].abs() > 1e-7).expand(rollout["timesteps"].shape)
     pairs = has_weight.nonzero()  # (num_pairs, 2)
     metrics = defaultdict(list)
     for chunk in pairs.split(args.micro_batch):

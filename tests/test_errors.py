@@ -169,6 +169,7 @@ def test_adam_betas(refused, tiny_sd, betas):
         ("rwr_sparse", ["--quantile", "nan"], ["--quantile nan"]),
         ("rwr_sparse", ["--threshold", "nan"], ["--threshold nan"]),
         ("rwr_sparse", ["--samples-per-prompt", 1], ["--samples-per-prompt 1", "at least 2"]),
+        ("rwr_sparse", ["--threshold", -2, "--samples-per-prompt", 1], ["at least 2"]),
         ("rwr_sparse", ["--num-samples", 6], ["--num-samples 6", "--samples-per-prompt"]),
     ],
 )
@@ -185,7 +186,7 @@ def test_what_one_algorithm_refuses(refused, tiny_sd, script, flags, words):
         ("rwr", ["--beta", 0]),
         ("rwr", ["--num-updates", 3]),  # every update takes all samples
         ("rwr_sparse", ["--quantile", 1]),
-        ("rwr_sparse", ["--threshold", -2, "--samples-per-prompt", 1]),
+        ("rwr_sparse", ["--threshold", -2, "--samples-per-prompt", 1, "--no-center-weights"]),
     ],
 )
 def test_what_only_looks_wrong(command_line, tiny_sd, few_prompts, tmp_path, script, flags):

@@ -19,8 +19,9 @@ CASES = [
     (ddpo_sf, {"iterations": 8}),
     (ddpo_is, {"iterations": 25}),
     (ddpo_iskl, {}),
-    (rwr, {"beta": 1.0}),  # 1 / unit of the reward, which is a hundredth of white
-    (rwr_sparse, {}),
+    # beta in 1 / unit of the reward, which is a hundredth of white
+    (rwr, {"beta": 1.0, "lr": 1e-4}),
+    (rwr_sparse, {"lr": 1e-4}),
 ]
 
 
@@ -55,8 +56,13 @@ def test_pictures_become_brighter(tmp_path, brightness, script, changes):
     assert after > before + 7  # of 255: the grid shows it
 
 
-def test_pictures_become_darker_where_that_is_the_reward(tmp_path, brightness):
+@pytest.mark.parametrize(
+    ("script", "changes"),
+    [(ddpo_is, {"iterations": 10}), (rwr, {"beta": 1.0, "lr": 1e-4}), (rwr_sparse, {"lr": 1e-4})],
+    ids=["ddpo_is", "rwr", "rwr_sparse"],
+)
+def test_pictures_become_darker_where_that_is_the_reward(tmp_path, brightness, script, changes):
     """Training alone does not make them brighter: the sign of the reward decides."""
-    rows, (before, after) = learn(ddpo_is, tmp_path, f"-{brightness}", iterations=10)
+    rows, (before, after) = learn(script, tmp_path, f"-{brightness}", **changes)
     assert rows[-1]["eval_reward"] > rows[0]["eval_reward"] + 3
     assert after < before - 7

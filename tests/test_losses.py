@@ -722,12 +722,13 @@ RWR_PROMPTS = ["cat", "dog", "cat", "dog", "cat"]
 CATS, DOGS = [0, 2, 4], [1, 3]
 
 
-def rwr_weights(rewards, beta):
-    return rwr.compute_weights(np.array(rewards), RWR_PROMPTS, SimpleNamespace(beta=beta))
+def rwr_weights(rewards, beta, center=False):
+    args = SimpleNamespace(beta=beta, center_weights=center)
+    return rwr.compute_weights(np.array(rewards), RWR_PROMPTS, args)
 
 
-def sparse_weights(rewards, prompts, threshold=None, quantile=0.9):
-    args = SimpleNamespace(threshold=threshold, quantile=quantile)
+def sparse_weights(rewards, prompts, threshold=None, quantile=0.9, center=False):
+    args = SimpleNamespace(threshold=threshold, quantile=quantile, center_weights=center)
     return rwr_sparse.compute_weights(np.array(rewards), prompts, args)
 
 
@@ -785,6 +786,28 @@ def test_each_prompt_has_a_quantile_of_its_own():
     weights, info = sparse_weights(rewards, ["cat", "dog"] * 5, quantile=0.75)
     assert weights.tolist() == [0.0] * 6 + [1.0] * 4
     assert info == {"threshold": 57.0, "passed": 0.4}
+
+
+def test_centered_weights_sum_to_0_within_each_prompt():
+    rewards = [0.1, 5.0, 0.3, 4.0, -0.2]
+    plain, plain_info = rwr_weights(rewards, 2.0)
+    weights, info = rwr_weights(rewards, 2.0, center=True)
+    np.testing.assert_allclose(weights, plain - [1 / 3, 1 / 2, 1 / 3, 1 / 2, 1 / 3], rtol=1e-12)
+    assert info == plain_info
+
+    prompts = ["cat", "dog"] * 4
+    weights, info = sparse_weights([9, 1, 2, 4, 3, 3, 1, 2], prompts, quantile=0.9, center=True)
+    np.testing.assert_allclose(weights[::2], [0.75, -0.25, -0.25, -0.25])
+    np.testing.assert_allclose(weights[1::2], [-0.25, 0.75, -0.25, -0.25])
+    assert info["passed"] == 0.25
+
+
+def test_equal_weights_are_0_when_centered():
+    assert not rwr_weights([0.1, 5.0, 0.3, 4.0, -0.2], 0.0, center=True)[0].any()
+    for quantile in (0, 1):
+        assert not sparse_weights([1, 1, 1], ["cat"] * 3, quantile=quantile, center=True)[0].any()
+    weights, info = sparse_weights([1, 2, 3], ["cat"] * 3, threshold=-1.0, center=True)
+    assert not weights.any() and info["passed"] == 1.0
 
 
 # ---- reward-weighted regression: loss and gradient ----

@@ -64,6 +64,8 @@ NEIGHBOURS = {
         "default of --adv-clip": None,
         "--samples-per-prompt": None,
         "default of --samples-per-prompt": None,
+        "--center-weights": None,
+        "default of --center-weights": None,
         "--beta": None,
         "default of --beta": None,
         "check_algorithm": None,
@@ -83,7 +85,7 @@ BUDGETS = {
     ("ddpo_sf", "ddpo_is"): 45,
     ("ddpo_is", "ddpo_iskl"): 60,
     ("rwr", "rwr_sparse"): 40,
-    ("ddpo_sf", "rwr"): 170,
+    ("ddpo_sf", "rwr"): 175,
 }
 
 
