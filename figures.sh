@@ -20,7 +20,7 @@ OUT=${OUT:-runs/figures}
 PYTHON=${PYTHON:-python}
 MODEL="models/emoji --precision fp32"
 TASKS="compress incompress"
-ALL_SETS="table1 one_update small_lr bad_lr clip kl rwr rwr_defaults"
+ALL_SETS="table1 one_update small_lr bad_lr clip kl rwr rwr_printed rwr_many"
 DRY_RUN=""
 SETS=""
 
@@ -32,7 +32,7 @@ for word in "$@"; do
       TASKS="compress incompress aesthetic"
       OUT=$OUT/gpu
       ;;
-    table1 | one_update | small_lr | bad_lr | clip | kl | rwr | rwr_defaults | plots) SETS="$SETS $word" ;;
+    table1 | one_update | small_lr | bad_lr | clip | kl | rwr | rwr_printed | rwr_many | plots) SETS="$SETS $word" ;;
     *)
       echo "unknown word $word: --dry-run, --gpu, plots, or a set: $ALL_SETS" >&2
       exit 2
@@ -128,33 +128,42 @@ kl() {
   done
 }
 
-# the RWR pair with many samples, and its controls: with uniform weights the reward changes
-# nothing, so one task is enough
+# the RWR pair at its defaults, and without the baseline
 rwr() {
   local seed task
-  local flags="--prompts results/rwr/eight.txt --guidance-scale 1 --num-samples 256
-    --samples-per-prompt 32 --num-updates 8 --lora-rank 32 --lr 5e-4 --save-every 1"
   for seed in $FEW_SEEDS; do
     for task in compress incompress; do
-      run rwr rwr "$task" "$seed" 6 $flags --beta 100
-      run rwr rwr_sparse "$task" "$seed" 6 $flags --quantile 0.96
+      run rwr rwr "$task" "$seed" 200
+      run rwr rwr_sparse "$task" "$seed" 200
     done
-  done
-  for seed in $FEW_SEEDS; do
-    run rwr rwr compress "$seed" 6 $flags --beta 0
-    run rwr rwr_sparse compress "$seed" 6 $flags --quantile 0
+    run rwr rwr incompress "$seed" 200 --no-center-weights
   done
 }
 
-# the RWR pair as it is, what a first run does, and its control: with equal weights
-rwr_defaults() {
+# Algorithms 1 and 2 as printed, and their control: with equal weights
+rwr_printed() {
   local seed task
+  local flags="--lr 1e-4 --no-center-weights"
   for seed in $FEW_SEEDS; do
     for task in compress incompress; do
-      run rwr_defaults rwr "$task" "$seed" 200
-      run rwr_defaults rwr_sparse "$task" "$seed" 200
+      run rwr_printed rwr "$task" "$seed" 200 $flags
+      run rwr_printed rwr_sparse "$task" "$seed" 200 $flags
     done
-    run rwr_defaults rwr compress "$seed" 200 --beta 0
+    run rwr_printed rwr compress "$seed" 200 $flags --beta 0
+  done
+}
+
+# the same with many samples
+rwr_many() {
+  local seed task
+  local flags="--prompts results/rwr_many/eight.txt --guidance-scale 1 --num-samples 256
+    --samples-per-prompt 32 --num-updates 8 --lora-rank 32 --lr 5e-4 --save-every 1
+    --no-center-weights"
+  for seed in $FEW_SEEDS; do
+    for task in compress incompress; do
+      run rwr_many rwr "$task" "$seed" 6 $flags --beta 100
+      run rwr_many rwr_sparse "$task" "$seed" 6 $flags --quantile 0.96
+    done
   done
 }
 
@@ -177,6 +186,9 @@ plots() {
   if [ -n "$DRY_RUN" ] || [ -d "$OUT/small_lr" ]; then
     echo "$PYTHON plot.py tradeoff $OUT/table1/ddpo_is* $OUT/small_lr --baseline 'DDPO-IS, lr 3e-4' --out $OUT/tradeoff.png"
     echo "$PYTHON plot.py equal $OUT/table1 $OUT/small_lr --baseline 'DDPO-IS, lr 3e-4' --out $OUT/equal.md"
+  fi
+  if [ -n "$DRY_RUN" ] || [ -d "$OUT/rwr" ]; then
+    echo "$PYTHON plot.py tradeoff $OUT/small_lr/ddpo_is* $OUT/table1/ddpo_iskl $OUT/rwr/rwr $OUT/rwr/rwr_sparse --out $OUT/rwr.png"
   fi
   if [ -n "$DRY_RUN" ] || [ -d "$OUT/kl" ]; then
     echo "$PYTHON plot.py tradeoff $OUT/kl --x kl_ref --out $OUT/kl.png"

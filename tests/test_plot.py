@@ -893,8 +893,9 @@ def test_figures_sh_plans_runs_that_the_scripts_accept(tmp_path):
         "bad_lr": 5,
         "clip": 9,
         "kl": 30,
-        "rwr": 18,
-        "rwr_defaults": 15,
+        "rwr": 15,
+        "rwr_printed": 15,
+        "rwr_many": 12,
     }
     assert len({tuple(words) for words in run_commands}) == sum(counts.values())
 
