@@ -133,10 +133,10 @@ rwr() {
   local seed task
   for seed in $FEW_SEEDS; do
     for task in compress incompress; do
-      run rwr rwr "$task" "$seed" 200
-      run rwr rwr_sparse "$task" "$seed" 200
+      run rwr rwr "$task" "$seed" 100
+      run rwr rwr_sparse "$task" "$seed" 100
     done
-    run rwr rwr incompress "$seed" 200 --no-center-weights
+    run rwr rwr incompress "$seed" 100 --no-center-weights
   done
 }
 

@@ -12,9 +12,11 @@ It needs no log-probabilities. The mean weight of a prompt is subtracted, a base
 does not have: without it (--no-center-weights) the model, which is trained on its own pictures,
 blurs them whatever the reward, see results/README.md. The pair: diff rwr.py rwr_sparse.py
 
-    python rwr.py --reward compress --iterations 60
+    python rwr.py --reward compress
     ... --iterations 20 --num-steps 20      # a quick look
     ... --resume runs/NAME                  # continue a run
+
+Measured on models/emoji, n = 3: 2.500 -> 2.213 kB; incompress 2.500 -> 2.714; CLIP score 70.6 -> 69.6 and 67.9.
 
 The algorithms are from "Guiding the training of diffusion models: a replication of DDPO" (Gao, Shi,
 Zhang; https://github.com/kevin-zhang-1/Fall-2025-Reinforcement-Learning-Final-Project), after DDPO:
@@ -88,8 +90,8 @@ class Args:
     """animals (45 names), imagenet (398 animals), or a text file with one prompt per line"""
     seed: int = 1
     """seeds prompts, noise and LoRA weights; the noise of evaluations does not depend on it"""
-    iterations: int = 200
-    """rounds of sampling and training"""
+    iterations: int = 60
+    """rounds of sampling and training; a loss with weights below 0 can run away after more"""
     out: str = "runs"
     """folder in which the run's folder is made"""
     resume: str | None = None

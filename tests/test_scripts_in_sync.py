@@ -57,6 +57,8 @@ NEIGHBOURS = {
     },
     ("ddpo_sf", "rwr"): {
         "docstring": None,
+        "--iterations": 2,  # what more of them do
+        "default of --iterations": None,
         "default of --lr": None,
         "--num-updates": 2,
         "default of --num-updates": None,
@@ -85,7 +87,7 @@ BUDGETS = {
     ("ddpo_sf", "ddpo_is"): 45,
     ("ddpo_is", "ddpo_iskl"): 60,
     ("rwr", "rwr_sparse"): 40,
-    ("ddpo_sf", "rwr"): 175,
+    ("ddpo_sf", "rwr"): 180,
 }
 
 
