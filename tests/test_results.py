@@ -37,7 +37,8 @@ def test_a_table_is_what_its_command_prints(command, table, capsys, monkeypatch)
 
 def test_the_numbers_of_the_readme_are_in_the_tables():
     """Means with a spread, and the CLIP score in the cell behind each."""
-    rows = re.findall(r"^\| `(?:ddpo|rwr).*\+-.*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| `(?:ddpo|rwr).*\+-.*$", readme, flags=re.MULTILINE)
     assert len(rows) == 7
     tables = "".join(table for _, table in TABLES)
     for row in rows:
