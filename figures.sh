@@ -191,7 +191,7 @@ plots() {
     echo "$PYTHON plot.py tradeoff $OUT/small_lr/ddpo_is* $OUT/table1/ddpo_iskl $OUT/rwr/rwr $OUT/rwr/rwr_sparse --out $OUT/rwr.png"
   fi
   if [ -n "$DRY_RUN" ] || [ -d "$OUT/kl" ]; then
-    echo "$PYTHON plot.py tradeoff $OUT/kl --x kl_ref --out $OUT/kl.png"
+    echo "$PYTHON plot.py tradeoff $OUT/kl --x kl_ref --baseline 'DDPO-ISKL, kl coef 0' --out $OUT/kl.png"
   fi
   echo "$PYTHON plot.py table $OUT --out $OUT/table.md"
 }
