@@ -1,4 +1,4 @@
-"""Each script learns: a user's reward of fixed prompts and noise rises in a few iterations."""
+"""Each script learns: the reward of fixed prompts and noise rises in a few iterations."""
 
 import signal
 
@@ -19,9 +19,6 @@ CASES = [
     (ddpo_sf, {"iterations": 8}),
     (ddpo_is, {"iterations": 25}),
     (ddpo_iskl, {}),
-    # beta in 1 / unit of the reward, which is a hundredth of white
-    (rwr, {"beta": 1.0, "iterations": 25}),
-    (rwr_sparse, {"iterations": 25}),
 ]
 
 
@@ -66,7 +63,7 @@ def test_pictures_become_darker_where_that_is_the_reward(tmp_path, brightness):
 @pytest.mark.parametrize("script", [rwr, rwr_sparse], ids=["rwr", "rwr_sparse"])
 def test_regression_on_own_samples_does_not_blur_them(tmp_path, script):
     """With centered weights the reward decides; as printed the pictures become plainer."""
-    rows, _ = learn(script, tmp_path, "incompress", iterations=12)
+    rows, _ = learn(script, tmp_path, "incompress", iterations=10)
     assert rows[-1]["eval_reward"] > rows[0]["eval_reward"] + 0.03  # kB
-    rows, _ = learn(script, tmp_path, "incompress", iterations=12, center_weights=False)
+    rows, _ = learn(script, tmp_path, "incompress", iterations=8, center_weights=False)
     assert rows[-1]["eval_reward"] < rows[0]["eval_reward"]
