@@ -298,6 +298,7 @@ def compute_weights(rewards, prompts, args):
         effective_samples[peers] = 1 / np.sum(weights[peers] ** 2)
         if args.center_weights:
             weights[peers] -= weights[peers].mean()
+    weights[np.abs(weights) <= 1e-7] = 0  # float32 loses them beside the others
     return weights, {"effective_samples": float(effective_samples.mean())}
 
 

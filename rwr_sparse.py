@@ -302,6 +302,7 @@ def compute_weights(rewards, prompts, args):
         weights[peers] = rewards[peers] >= thresholds[peers]
         if args.center_weights:
             weights[peers] -= weights[peers].mean()
+    weights[np.abs(weights) <= 1e-7] = 0  # float32 loses them beside the others
     passed = (rewards >= thresholds).mean()
     return weights, {"threshold": float(thresholds.mean()), "passed": float(passed)}
 

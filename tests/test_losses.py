@@ -810,6 +810,16 @@ def test_equal_weights_are_0_when_centered():
     assert not weights.any() and info["passed"] == 1.0
 
 
+@pytest.mark.parametrize("peers", [7, 14, 20])
+def test_what_rounding_leaves_of_equal_weights_is_no_weight(peers):
+    """A fifth draw of one prompt has 20 peers; 1e-17 would be an update without any pair."""
+    prompts = ["cat"] * peers
+    args = SimpleNamespace(beta=10.0, center_weights=True)
+    for rewards in (np.full(peers, 2.5), 2.5 + 1e-8 * np.arange(peers)):
+        assert not rwr.compute_weights(rewards, prompts, args)[0].any()
+    assert not sparse_weights(np.full(peers, 2.5), prompts, center=True)[0].any()
+
+
 # ---- reward-weighted regression: loss and gradient ----
 
 
