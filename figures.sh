@@ -128,7 +128,7 @@ kl() {
   done
 }
 
-# the RWR pair at its defaults, and without the baseline
+# the RWR pair at its defaults but for the iterations, and without the baseline
 rwr() {
   local seed task
   for seed in $FEW_SEEDS; do

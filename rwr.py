@@ -8,9 +8,9 @@ one (sample, noise) pair is
     w    = exp(beta * r) / sum of exp(beta * r) over the samples of the same prompt, less the mean
     loss = w * mean((eps - eps_hat)^2)        t uniform over all training timesteps
 
-It needs no log-probabilities. The mean weight of a prompt is subtracted, a baseline that the paper
-does not have: without it (--no-center-weights) the model, which is trained on its own pictures,
-blurs them whatever the reward, see results/README.md. The pair: diff rwr.py rwr_sparse.py
+It needs no log-probabilities. Subtracting the mean weight of a prompt is our addition: without it
+(--no-center-weights) the small model, trained in full on its own pictures, blurs them with either
+reward, see docs/paper.md. The pair: diff rwr.py rwr_sparse.py
 
     python rwr.py --reward compress
     ... --iterations 20 --num-steps 20      # a quick look
@@ -91,7 +91,7 @@ class Args:
     seed: int = 1
     """seeds prompts, noise and LoRA weights; the noise of evaluations does not depend on it"""
     iterations: int = 60
-    """rounds of sampling and training; a loss with weights below 0 can run away after more"""
+    """rounds of sampling and training; one of six longer runs lost its gain by 100"""
     out: str = "runs"
     """folder in which the run's folder is made"""
     resume: str | None = None
@@ -139,7 +139,7 @@ class Args:
     samples_per_prompt: int = 4
     """samples of each prompt in an iteration, which are compared with each other"""
     center_weights: bool = True
-    """subtract the mean weight of a prompt's samples, as a baseline; Algorithms 1 and 2 do not"""
+    """subtract the mean weight of a prompt's samples; Algorithms 1 and 2 do not"""
     beta: float = 10.0
     """inverse temperature of the weights, per unit of reward; 0 = equal weights"""
 
