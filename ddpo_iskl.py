@@ -1065,7 +1065,7 @@ def main(args):
         if rows[-1]["iteration"] < args.iterations:
             print(f"resume with: {resume_command(run)}")
         elif done >= args.iterations:
-            print(f"it was finished; a new total: {resume_command(run)} --iterations N")
+            print(f"already finished; to train longer: {resume_command(run)} --iterations N")
     if dist.is_initialized():
         dist.destroy_process_group()
     return run

@@ -1,16 +1,14 @@
 """
 Sparse RWR: reward-weighted regression with weights 0 and 1 (Algorithm 2).
 
-The policy draws several samples of each prompt. The denoising loss pulls it towards the better ones
-and pushes it away from the others. With x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, the loss of
-one (sample, noise) pair is
+The denoising loss pulls the policy towards the better ones of a prompt's samples and away from the
+others. With x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, the loss of one (sample, noise) pair is
 
-    w    = 1 if r >= C else 0, less the mean of the prompt      C: given, or a quantile of its r
+    w    = 1 if r >= C else 0, less the prompt's mean     C: given, or a quantile of its rewards
     loss = w * mean((eps - eps_hat)^2)        t uniform over all training timesteps
 
-It needs no log-probabilities. Subtracting the mean weight of a prompt is our addition: without it
-(--no-center-weights) the small model, trained in full on its own pictures, blurs them with either
-reward, see docs/paper.md. The pair: diff rwr.py rwr_sparse.py
+It needs no log-probabilities. Subtracting the mean is our addition; without it models/emoji blurs
+its pictures with either reward (docs/paper.md). The pair: diff rwr.py rwr_sparse.py
 
     python rwr_sparse.py --reward compress
     ... --iterations 20 --num-steps 20      # a quick look
@@ -90,8 +88,8 @@ class Args:
     """animals (45 names), imagenet (398 animals), or a text file with one prompt per line"""
     seed: int = 1
     """seeds prompts, noise and LoRA weights; the noise of evaluations does not depend on it"""
-    iterations: int = 60
-    """rounds of sampling and training; one of six longer runs lost its gain by 100"""
+    iterations: int = 60  # one of six runs to 100 lost its gain: results/README.md
+    """rounds of sampling and training"""
     out: str = "runs"
     """folder in which the run's folder is made"""
     resume: str | None = None
@@ -277,7 +275,7 @@ def check_algorithm(args, world_size):
         fail(f"--quantile {args.quantile}: must be from 0 to 1")
     if args.threshold is not None and not math.isfinite(args.threshold):
         fail(f"--threshold {args.threshold}: must be a finite number")
-    least = 2 if args.center_weights or args.threshold is None else 1  # one has no peers
+    least = 2 if args.center_weights or args.threshold is None else 1  # peers to compare with
     if args.samples_per_prompt < least:
         fail(f"--samples-per-prompt {args.samples_per_prompt}: must be at least {least}")
     if args.num_samples % args.samples_per_prompt > 0 or args.num_samples % world_size > 0:
@@ -320,9 +318,8 @@ def accumulate_gradients(unet, rollout, schedule, scaler, args):
     """Gradient of the mean loss over all (sample, draw) pairs, in microbatches.
 
     rollout: latents x_0 (N, C, H, W), embeds (2, N, L, D), weights (N,), and D draws for each
-    sample, timesteps (N, D) and noise (N, D, C, H, W). A weight that float32 loses beside the
-    others is left out. Returns a dict of metrics: the loss as a mean over all pairs, the unweighted
-    mse over those with a weight, if any.
+    sample, timesteps (N, D) and noise (N, D, C, H, W). Returns a dict of metrics: the loss as a
+    mean over all pairs, the unweighted mse over those with a weight, if any.
     """
     unet.zero_grad()
     has_weight = (rollout["weights"][:, None].abs() > 1e-7).expand(rollout["timesteps"].shape)
@@ -349,9 +346,8 @@ def accumulate_gradients(unet, rollout, schedule, scaler, args):
             metrics[name].append(value.detach())
 
     average_gradients(unet)
-    summary = {"loss": 0.0}
-    for name, values in metrics.items():
-        summary[name] = torch.cat(values).mean().item()
+    summary = {name: torch.cat(values).mean().item() for name, values in metrics.items()}
+    summary["loss"] = 0.0
     if len(pairs) > 0:  # pairs without a weight have a loss of 0
         summary["loss"] = (torch.cat(metrics["loss"]).sum() / has_weight.numel()).item()
     return summary
@@ -1043,7 +1039,7 @@ def main(args):
         if rows[-1]["iteration"] < args.iterations:
             print(f"resume with: {resume_command(run)}")
         elif done >= args.iterations:
-            print(f"it was finished; a new total: {resume_command(run)} --iterations N")
+            print(f"already finished; to train longer: {resume_command(run)} --iterations N")
     if dist.is_initialized():
         dist.destroy_process_group()
     return run

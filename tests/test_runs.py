@@ -594,7 +594,7 @@ def test_resume_with_a_slash_more_and_from_another_folder(
 def test_resume_of_a_moved_folder(straight, half, tmp_path, capsys):
     folder = Path(shutil.move(half(ddpo_is), tmp_path / "moved here"))
     assert resume(ddpo_is, folder, "--iterations", 6) == folder
-    assert "it was finished" not in capsys.readouterr().out
+    assert "already finished" not in capsys.readouterr().out
     assert_same_run(folder, straight(ddpo_is))
     assert not list((tmp_path / "half").iterdir())
 
@@ -708,7 +708,7 @@ def test_resume_of_a_finished_run_changes_nothing(finished, tmp_path, command_li
     done = command_line("--resume", folder)
     assert done.code == 0
     last = done.out.splitlines()[-1]
-    assert last.startswith("it was finished; a new total: python ")
+    assert last.startswith("already finished; to train longer: python ")
     assert last.endswith(f"ddpo_is.py --resume {folder} --iterations N")
     assert_same_run(folder, finished)
 

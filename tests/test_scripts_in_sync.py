@@ -57,7 +57,6 @@ NEIGHBOURS = {
     },
     ("ddpo_sf", "rwr"): {
         "docstring": None,
-        "--iterations": 2,  # what more of them do
         "default of --iterations": None,
         "default of --lr": None,
         "--num-updates": 2,
@@ -87,7 +86,7 @@ BUDGETS = {
     ("ddpo_sf", "ddpo_is"): 45,
     ("ddpo_is", "ddpo_iskl"): 60,
     ("rwr", "rwr_sparse"): 40,
-    ("ddpo_sf", "rwr"): 180,
+    ("ddpo_sf", "rwr"): 170,
 }
 
 
