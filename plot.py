@@ -1,40 +1,52 @@
 """
-Figures and tables from run folders alone: no torch, no model.
+Figures and tables from run folders: no torch, no model.
 
-    python plot.py curves runs --out figure3.png                  # reward against reward queries
-    python plot.py curves runs --x iteration --metric kl_ref      # any column of metrics.csv
-    python plot.py tradeoff runs --baseline ddpo_is               # reward against CLIP score
-    python plot.py equal runs --baseline ddpo_is                  # CLIP score at equal reward
-    python plot.py compare runs --baseline ddpo_is                # rewards at the same iteration
-    python plot.py gain runs                                      # rewards minus those of the start
-    python plot.py table runs --iteration 70                      # first and last evaluation
-    python plot.py progress runs/ddpo_is__* --prompt-index 0 7    # fixed prompts over training
-    python plot.py trajectory runs/*__compress__s1__*             # "elephant" while it is denoised
+    python plot.py table runs --iteration 60 100                # reward, contrast, drift, CLIP
+    python plot.py table runs --baseline "DDPO-IS, lr 1e-4"     # the same minus that setting's
+    python plot.py table runs --contrast 0.2                    # CLIP score at equal contrast
+    python plot.py contrast runs                                # the same as curves
+    python plot.py curves runs --metric eval_reward eval_align  # columns of metrics.csv
+    python plot.py curves runs --x eval_align                   # reward against CLIP score
+    python plot.py pictures runs --prompt 0 7                   # fixed prompts over training
+    python plot.py pictures runs --across steps                 # "elephant" while it is denoised
+    python plot.py report > results/TABLES.md                   # every published table
 
-Each path is a run folder, or a folder that contains run folders. Runs are grouped by what their
-args.json says: runs of one script and reward that differ in nothing but the seed are one setting.
-The flags in which the settings of a script differ stand in its label, "DDPO-ISKL, lr 3e-3".
+A path is a run folder, or a folder that contains run folders. Runs whose args.json differ in the
+seed and the reward only are one setting, and its name is the same in all figures. Two runs of one
+setting and seed, one rewarded for small files and one for large ones, are a pair. With their gains
+of eval_reward since iteration 0, g_c and g_i in kB,
 
-A damaged run among good ones is skipped with one line on stderr. Where nothing is left to show, the
-last line says why, and the exit code is 2.
+    contrast = (g_c + g_i) / 2      what the reward did
+    drift    = (g_c - g_i) / 2      what happened with either reward; above 0 the files shrink
+
+Intervals are 95 % t intervals over seeds, from three seeds on. Two settings are compared by the
+differences of the same seeds before iteration 100 and at equal contrast, and by Welch's interval
+over all runs from iteration 100 on, where a seed no longer fixes much. A mean is bold if its
+interval excludes 0.
 """
 
 import csv
-import io
+import glob
 import json
 import math
+import os
+import shlex
 import sys
-from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from itertools import cycle
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import matplotlib
 import numpy as np
 import tyro
-from matplotlib.figure import Figure  # not pyplot: no window, no global state
 from PIL import Image
+
+os.environ["MPLBACKEND"] = "agg"  # the backend of a notebook is inherited, and may not exist here
+
+from matplotlib import rcParams
+from matplotlib.figure import Figure  # not pyplot: no window, no global state
+from matplotlib.font_manager import get_font_names
 
 NAMES = {
     "ddpo_sf": "DDPO-SF",
@@ -43,1211 +55,765 @@ NAMES = {
     "rwr": "RWR",
     "rwr_sparse": "sparse RWR",
 }
-# Okabe and Ito's colours, which colour-blind readers can tell apart too
-COLOURS = {
-    "ddpo_sf": "#E69F00",
-    "ddpo_is": "#0072B2",
-    "ddpo_iskl": "#009E73",
-    "rwr": "#CC79A7",
-    "rwr_sparse": "#56B4E9",
+# flags that the name of a setting leaves out at these values
+DEFAULTS = {
+    "prompts": "animals",
+    "num_samples": 16,
+    "num_steps": 50,
+    "guidance_scale": 5.0,
+    "num_updates": 2,
+    "clip_range": 1e-4,
+    "kl": "exact",
+    "kl_coef": 0.01,
+    "beta": 10.0,
+    "quantile": 0.9,
+    "threshold": None,
+    "samples_per_prompt": 4,
 }
-# for further settings and for scripts of your own
-SPARE_COLOURS = ["#D55E00", "#000000", "#882255", "#7F7F7F", "#8C6D31", "#332288", "#999933"]
-MARKERS = "osD^vPX<>*hp"
-UNITS = {
-    "compress": "minus JPEG size (kB)",
-    "incompress": "JPEG size (kB)",
-    "aesthetic": "LAION aesthetic score",
-    "clip": "CLIP score",
+ONE_UPDATE = ("ddpo_sf", "rwr", "rwr_sparse")  # by default
+# flags that tell the runs of a setting apart, or change speed and memory only
+NOT_NAMED = (
+    "reward seed iterations out resume save_every track device micro_batch gradient_checkpointing "
+    "compile"
+).split()
+# colours of Okabe and Ito and of Tol, which colour-blind readers can tell apart too
+LOOKS = {
+    "DDPO-SF, lr 1e-4": ("#E69F00", "o"),
+    "DDPO-SF, lr 3e-4, num updates 4": ("#D55E00", "o"),
+    "DDPO-IS, lr 3e-4": ("#0072B2", "s"),
+    "DDPO-IS, lr 1e-4": ("#56B4E9", "s"),
+    "DDPO-ISKL, lr 3e-4": ("#009E73", "D"),
+    "DDPO-ISKL, lr 3e-3": ("#332288", "D"),
+    "RWR, centred weights, lr 3e-5": ("#CC79A7", "^"),
+    "sparse RWR, centred weights, lr 3e-5": ("#882255", "v"),
 }
-X_LABELS = {
-    "samples": "reward queries",
-    "iteration": "iteration",
-    "minutes": "minutes of sampling, reward and training",
-    "eval_align": "prompt alignment (CLIP score)",
-    "kl_ref": "KL to the pretrained model (nats)",
+OTHER_LOOKS = [("#000000", "P"), ("#8C6D31", "X"), ("#7F7F7F", "<"), ("#999933", ">")]
+# columns of metrics.csv and of pairs, in the order of a table: their titles and decimals
+COLUMNS = {
+    "samples": ("reward queries", 0),
+    "eval_reward": ("reward", 3),
+    "gain": ("gain", 3),
+    "contrast": ("contrast (kB)", 3),
+    "drift": ("drift (kB)", 3),
+    "eval_align": ("CLIP score", 1),
+    "eval_top1": ("top-1", 2),
+    "kl_ref": ("KL (nats)", 0),
 }
-# flags that tell runs of one setting apart, or change speed and memory alone
-IGNORED = {
-    "compile",
-    "device",
-    "gradient_checkpointing",
-    "iterations",
-    "micro_batch",
-    "out",
-    "resume",
-    "reward",
-    "save_every",
-    "seed",
-    "track",
-}
-# 97.5 % quantiles of Student's t with 1, 2, ..., 29 degrees of freedom
-T_QUANTILES = [
-    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
-    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
-    *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452),
+# for what matplotlib's own font lacks, Chinese prompts for instance
+FONTS = ["Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Hiragino Sans", "SimHei"]
+rcParams["font.family"] = ["DejaVu Sans", *(set(FONTS) & set(get_font_names()))]
+rcParams["text.parse_math"] = False  # a prompt may have dollar signs
+rcParams["axes.grid"] = True
+rcParams["grid.alpha"] = 0.3
+rcParams["legend.frameon"] = False
+rcParams["savefig.dpi"] = 160
+
+RunPaths = Annotated[
+    tuple[Path, ...],
+    tyro.conf.Positional,
+    tyro.conf.arg(name="runs", help="run folders, or folders that contain run folders"),
 ]
-matplotlib.rcParams.update(
-    {
-        "axes.grid": True,
-        "grid.alpha": 0.3,
-        "legend.fontsize": 9,
-        "legend.frameon": False,
-        "savefig.dpi": 160,
-    }
-)
-
-
-class PlotError(ValueError):
-    """What the user can put right: the command ends with this one line."""
+Out = Annotated[Path, tyro.conf.arg(help="file to write")]
 
 
 @dataclass
 class Run:
+    """A run folder, or a pair of them."""
+
     folder: Path
     script: str
-    args: dict
-    """as in args.json, and the first digits of the fingerprint of the pretrained weights"""
-    rows: list
-    """of metrics.csv: {column: number}, blank cells left out"""
-    label: str = ""
-    """of its setting, set by label_runs"""
-    order: list | None = None
-    """the place of its setting among those of the script, set by label_runs"""
-
-
-@dataclass
-class Group:
-    """The runs of one setting on one task, of different seeds."""
-
     task: str
-    script: str
-    label: str
-    runs: list
+    """the reward in one spelling; "both" for a pair"""
+    args: dict
+    rows: list
+    """of metrics.csv, {column: number}; "gain" is that of eval_reward since iteration 0"""
+    label: str = ""
+    """the full name of its setting, set by label_runs"""
 
-
-def say(message):
-    print(message, file=sys.stderr)
+    def evaluations(self, *columns):
+        """{iteration: row} of the rows that have all of these columns."""
+        return {row["iteration"]: row for row in self.rows if row.keys() >= set(columns)}
 
 
 # --------------------------------------------------------------------------------------------------
 # reading runs
 
 
-def read_args(folder):
-    """Script and arguments of a run. Raises PlotError for an args.json that is not a script's."""
-    path = folder / "args.json"
-    try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PlotError(f"{folder}: no args.json") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise PlotError(f"{path}: cannot be read ({error})") from None
-
-    types = {"reward": str, "seed": int, "num_steps": int}
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("args"), dict):
-        raise PlotError(f"{path}: not the args.json of a run")
-    for name, kind in types.items():
-        if not isinstance(metadata["args"].get(name), kind):
-            raise PlotError(f"{path}: not the args.json of a run, it has no {name}")
-
-    args = dict(metadata["args"])
-    args["model"] = Path(str(args.get("model"))).name  # the same from any working directory
-    args["weights"] = str(metadata.get("weights", "unknown"))[:7]
-    return str(metadata.get("script", "unknown")), args
-
-
-def read_rows(folder):
-    """The rows of metrics.csv as {column: number}, blank cells left out.
-
-    The column "minutes" is added: sampling, reward and training so far. Lines that are cut off, are
-    not numbers or go back in time are left out with a message. Raises PlotError without any row.
-    """
-    path = folder / "metrics.csv"
-    try:
-        text = path.read_text(encoding="utf-8")
-        lines = list(csv.reader(text.splitlines()))
-    except FileNotFoundError:
-        raise PlotError(f"{folder}: no metrics.csv") from None
-    except (OSError, ValueError, csv.Error) as error:
-        raise PlotError(f"{path}: cannot be read ({error})") from None
-
-    if text and not text.endswith("\n"):
-        say(f"{path}: the last line is cut off and left out")
-        lines.pop()
-    columns = lines[0] if lines else []
-    rows = []
-    minutes = 0.0
-    for number, cells in enumerate(lines[1:], start=2):
-        try:
-            row = read_row(columns, cells, rows)
-        except ValueError as error:
-            say(f"{path}: line {number} is left out ({error})")
-            continue
-        for name in ("sample_s", "reward_s", "train_s"):
-            minutes += row.get(name, 0.0) / 60
-        row["minutes"] = minutes
-        rows.append(row)
-    if not rows:
-        raise PlotError(f"{path}: no complete row")
-    return rows
-
-
-def read_row(columns, cells, earlier_rows):
-    """One line of metrics.csv as {column: number}. Raises ValueError where it is damaged."""
-    if len(cells) != len(columns):
-        raise ValueError(f"{len(cells)} cells for {len(columns)} columns")
-    row = {}
-    for name, cell in zip(columns, cells):
-        if cell:
-            row[name] = float(cell)
-    for name in ("iteration", "samples"):
-        if not math.isfinite(row.get(name, math.nan)):
-            raise ValueError(f"no {name}")
-    if earlier_rows and row["iteration"] <= earlier_rows[-1]["iteration"]:
-        raise ValueError("its iteration is not after the one before")
-    if row["iteration"] == 0 and "kl_ref" in columns:
-        row.setdefault("kl_ref", 0.0)  # of the pretrained model to itself
-    return row
-
-
 def load_runs(paths):
-    """The runs in run folders and in folders of them, each once, with their labels.
-
-    Others are skipped with a message. Raises PlotError where none is left.
-    """
+    """The runs in run folders and in folders of them, each once: SF, IS, ISKL, RWR, then others."""
     folders = {}
-    problems = []
     for path in paths:
-        found = find_run_folders(Path(path))
+        found = find_run_folders(path)
         if not found:
-            problems.append(f"{path}: no run folder here")
+            sys.exit(f"{path}: no run folder here")
         for folder in found:
             folders.setdefault(folder.resolve(), folder)
 
     runs = []
     for folder in folders.values():
         try:
-            script, args = read_args(folder)
-            runs.append(Run(folder, script, args, read_rows(folder)))
-        except PlotError as error:
-            problems.append(str(error))
-    if not paths:
-        raise PlotError("name a run folder, or a folder that contains run folders")
-    if not runs:
-        raise PlotError("; ".join(problems))
-    for problem in problems:
-        say(f"skipped: {problem}")
+            runs.append(load_run(folder))
+        except Exception as error:
+            error.add_note(f"in the run folder {folder}")
+            raise
     label_runs(runs)
+    scripts = [*NAMES, *sorted({run.script for run in runs})]
+    runs.sort(key=lambda run: (scripts.index(run.script), run.label, run.task, run.args["seed"]))
     return runs
 
 
 def find_run_folders(path):
-    """The run folders at or below a path: those with an args.json or a metrics.csv."""
-    names = ("args.json", "metrics.csv")
-    if any((path / name).exists() for name in names):
-        return [path]
-    folders = set()
-    for name in names:
-        folders.update(file.parent for file in path.rglob(name))
-    return sorted(folders)
+    """The folders at or below a path with args.json and metrics.csv. Follows links."""
+    found = []
+    seen = set()
+    for folder, subfolders, files in os.walk(path, followlinks=True):
+        if os.path.realpath(folder) in seen:  # a link to a folder above
+            subfolders.clear()
+        elif "args.json" in files and "metrics.csv" in files:
+            found.append(Path(folder))
+        seen.add(os.path.realpath(folder))
+    return sorted(found)
+
+
+def load_run(folder):
+    metadata = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+    args = dict(metadata["args"])
+    args["model"] = Path(args["model"]).name  # the same from any working directory
+    rows = []
+    with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
+        for cells in csv.DictReader(file):
+            rows.append({name: float(cell) for name, cell in cells.items() if cell != ""})
+
+    if "kl_ref" in rows[-1]:
+        rows[0]["kl_ref"] = 0.0  # of the pretrained model to itself
+    for row in rows:
+        if "eval_reward" in row:
+            row["gain"] = row["eval_reward"] - rows[0]["eval_reward"]
+    return Run(folder, metadata["script"], name_task(args["reward"]), args, rows)
+
+
+def name_task(reward):
+    """A reward in one spelling: "0.5 * clip+dir/my.py:f" -> "0.5*clip + my.py:f"."""
+    terms = []
+    for term in "".join(reward.split()).split("+"):
+        weight, star, name = term.rpartition("*")
+        terms.append(weight + star + Path(name).name)
+    return " + ".join(sorted(terms))
+
+
+def read_prompts(run):
+    """The prompts of a run, none if it has no prompts.txt."""
+    path = run.folder / "prompts.txt"
+    if not path.exists():
+        return []
+    # splitlines would cut prompts at U+2028
+    return path.read_text(encoding="utf-8").strip("\n").split("\n")
 
 
 def label_runs(runs):
-    """Set the label of each run, "DDPO-ISKL, lr 3e-3", and the order of its setting.
+    """Set the name of each run's setting: "DDPO-ISKL, lr 3e-4, kl coef 0.03".
 
-    The label has the flags in which the runs of a script differ; the order is that of their values.
+    It has the flags that are not at their defaults, and of the flags without a default here those
+    in which the runs of a script differ.
     """
-    for script in {run.script for run in runs}:
-        own = [run for run in runs if run.script == script]
-        flags = find_differing_flags(own)
-        for run in own:
-            parts = [NAMES.get(script, script)]
-            for flag in flags:
-                parts.append(f"{flag.replace('_', ' ')} {show_value(run.args.get(flag))}")
-            run.label = ", ".join(parts)
-            run.order = [sort_key(run.args.get(flag)) for flag in flags]
+    # by content: "animals" and a file with these names are the same prompts
+    names = {}
+    for run in sorted(runs, key=lambda run: run.args["prompts"] != "animals"):
+        name = Path(run.args["prompts"]).stem
+        prompts = tuple(read_prompts(run))
+        while prompts and prompts not in names and name in names.values():
+            name += "'"
+        run.args["prompts"] = names.setdefault(prompts, name) if prompts else name
 
-
-def find_differing_flags(runs):
-    """The names of the arguments in which runs of one script differ."""
-    names = set()
+    values = {}
     for run in runs:
-        names.update(run.args)
-    flags = []
-    for name in sorted(names - IGNORED):
-        values = {show_value(run.args.get(name)) for run in runs}
-        if len(values) > 1:
-            flags.append(name)
-    return flags
+        for flag, value in run.args.items():
+            values.setdefault((run.script, flag), set()).add(show_flag(value))
+    for run in runs:
+        run.label = NAMES.get(run.script, run.script)
+        if run.args.get("center_weights"):
+            run.label += ", centred weights"
+        run.label += f", lr {show_flag(run.args['lr'])}"
+        for flag in sorted(run.args.keys() - {"center_weights", "lr", *NOT_NAMED}):
+            value = run.args[flag]
+            is_named = len(values[run.script, flag]) > 1
+            if flag == "num_updates" and run.script in ONE_UPDATE:
+                is_named = value != 1
+            elif flag in DEFAULTS:
+                is_named = value != DEFAULTS[flag]
+            if is_named:
+                run.label += f", {flag.replace('_', ' ')} {show_flag(value)}"
 
 
-def show_value(value):
-    """An argument as a user writes it: 3e-4, 0.01, 1."""
+def show_flag(value):
+    """The value of a flag as a user writes it: 3e-4, 0.01, 1."""
     if isinstance(value, float) and 0 < abs(value) < 0.01:
         return np.format_float_scientific(value, trim="-", exp_digits=1)
     return str(value).removesuffix(".0")
 
 
-def sort_key(value):
-    """Numbers in their order, then everything else by its text."""
-    if isinstance(value, int | float):
-        return (0, value, "")
-    return (1, 0, str(value))
-
-
 def group_runs(runs):
-    """The groups of runs, in the order of drawing, with one run per seed.
-
-    Two runs of one setting and seed are no independent runs: the one that got further counts, or
-    else the newer one. The other is skipped with a message.
-    """
-
-    def order(run):
-        task = run.args["reward"]
-        known_task = list(UNITS).index(task) if task in UNITS else len(UNITS)
-        known_script = list(NAMES).index(run.script) if run.script in NAMES else len(NAMES)
-        return (known_task, task, known_script, run.script, run.order, run.args["seed"])
-
-    members = {}
-    for run in sorted(runs, key=order):
-        seeds = members.setdefault((run.args["reward"], run.label), {})
-        seed = run.args["seed"]
-        if seed not in seeds:
-            seeds[seed] = run
-            continue
-        rivals = [seeds[seed], run]
-        rivals.sort(key=lambda rival: (rival.rows[-1]["iteration"], rival.folder.name))
-        seeds[seed] = rivals[1]
-        say(
-            f"skipped: {rivals[0].folder}: {rivals[1].folder} has the same setting and seed, "
-            "and is longer or newer"
-        )
-
-    groups = []
-    for (task, label), seeds in members.items():
-        own = list(seeds.values())
-        groups.append(Group(task, own[0].script, label, own))
+    """{(task, label): {seed: run}}, by task. Of two runs of one seed the longer one counts."""
+    groups = {}
+    for run in sorted(runs, key=lambda run: run.task):
+        seeds = groups.setdefault((run.task, run.label), {})
+        other = seeds.setdefault(run.args["seed"], run)
+        if other is not run:
+            print(f"the longer one counts of {other.folder} and {run.folder}", file=sys.stderr)
+            seeds[run.args["seed"]] = max(other, run, key=lambda run: run.rows[-1]["iteration"])
     return groups
 
 
-def read_columns(run, *columns):
-    """The rows that have all of these columns, as an array (columns, rows).
+def make_pairs(runs):
+    """A Run for each setting and seed with both JPEG rewards; its columns are named in the loop.
 
-    Rows that are not finite are left out with a message.
+    A user's my.py:compress and my.py:incompress make pairs of the task "my.py:both".
     """
-    rows = []
-    for row in run.rows:
-        if all(name in row for name in columns):
-            rows.append([row[name] for name in columns])
-    values = np.array(rows).reshape(-1, len(columns)).T
-    finite = np.isfinite(values).all(axis=0)
-    if not finite.all():
-        count = len(finite) - finite.sum()
-        say(f"{run.folder}: {count} rows of {', '.join(columns)} are not finite and left out")
-    return values[:, finite]
+    groups = group_runs(runs)
+    pairs = []
+    for (task, label), seeds in groups.items():
+        prefix = task.removesuffix("compress")
+        partners = groups.get((f"{prefix}incompress", label), {})
+        for seed in seeds.keys() & partners.keys():
+            run = seeds[seed]
+            compress = run.evaluations("gain")
+            incompress = partners[seed].evaluations("gain")
+            rows = []
+            for iteration in sorted(compress.keys() & incompress.keys()):
+                first = compress[iteration]
+                second = incompress[iteration]
+                row = {"iteration": iteration, "samples": first["samples"]}
+                row["contrast"] = (first["gain"] + second["gain"]) / 2
+                row["drift"] = (first["gain"] - second["gain"]) / 2
+                for name in {"eval_align", "eval_top1"} & first.keys() & second.keys():
+                    row[name] = (first[name] + second[name]) / 2
+                rows.append(row)
+            pairs.append(Run(run.folder, run.script, f"{prefix}both", run.args, rows, label))
+    return pairs
 
 
-def name_folders(runs):
-    """The folders of some runs, for a message."""
-    names = [str(run.folder) for run in runs[:3]]
-    if len(runs) > 3:
-        names.append(f"{len(runs) - 3} more")
-    return ", ".join(names)
+def stop_at_contrast(pair, contrast, column):
+    """A column where both runs are stopped as their contrast first reaches this; NaN if never.
+
+    Linear between the evaluations that set a new best contrast.
+    """
+    best = []
+    values = []
+    for row in pair.evaluations("contrast", column).values():
+        if not best or row["contrast"] > best[-1]:
+            best.append(row["contrast"])
+            values.append(row[column])
+    if not best:
+        return np.nan * contrast
+    return np.interp(contrast, best, values, right=np.nan)
 
 
 # --------------------------------------------------------------------------------------------------
-# figures of numbers
+# intervals
 
 
-def choose_looks(groups):
-    """{label: its colour and marker}.
+@cache
+def t_quantile(degrees):
+    """The 97.5 % quantile of Student's t for degrees of freedom from 1 on, whole or not.
 
-    The commonest setting of a script has the script's own colour, so that it is the same in all
-    figures. The others take those that are left.
+    P(|T| < sqrt(degrees) tan(a)) is the integral of cos^(degrees - 1) from 0 to a, normalised.
     """
-    counts = Counter()
-    scripts = {}
-    for group in groups:
-        counts[group.label] += len(group.runs)
-        scripts.setdefault(group.script, []).append(group.label)
-    spare = SPARE_COLOURS + [COLOURS[name] for name in COLOURS if name not in scripts]
-    spare = cycle(spare)
-    markers = cycle(MARKERS)
-
-    looks = {}
-    for script, labels in scripts.items():
-        commonest = max(labels, key=counts.get)
-        for label in dict.fromkeys(labels):
-            own = label == commonest and script in COLOURS
-            colour = COLOURS[script] if own else next(spare)
-            looks[label] = {"color": colour, "marker": next(markers)}
-    return looks
+    nodes, weights = np.polynomial.legendre.leggauss(64)
+    log_ratio = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
+    scale = 2 / math.sqrt(math.pi) * math.exp(log_ratio)
+    low = 1.9
+    high = 13.0
+    for _ in range(50):  # bisection
+        middle = (low + high) / 2
+        half = math.atan(middle / math.sqrt(degrees)) / 2
+        integral = half * (weights @ np.cos(half * (nodes + 1)) ** (degrees - 1))
+        if scale * integral < 0.95:
+            low = middle
+        else:
+            high = middle
+    return middle
 
 
-def make_panels(panels, columns, xlabel, ylabel, note):
-    """A figure with a panel for each task, and their axes.
-
-    panels: {task: lines}, as `collect` returns them; ylabel is a function of the task.
-    """
-    rows = math.ceil(len(panels) / columns)
-    legend_lines = max(len(lines) for lines in panels.values())
-    width = 7 if columns == 1 else 5 * columns  # inches
-    height = rows * (3.9 + 0.2 * legend_lines)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for ax, task in zip(axes, panels):
-        ax.set(title=Path(task).name, xlabel=xlabel, ylabel=ylabel(task))
-    for ax in axes[len(panels) :]:
-        ax.remove()
-    figure.supxlabel(note, fontsize=9)
-    return figure, axes
+def mean_interval(values):
+    """Mean, low, high of some numbers; low and high are NaN below three, and all without any."""
+    mean = np.mean(values) if len(values) > 0 else math.nan
+    if len(values) < 3:
+        return mean, math.nan, math.nan
+    margin = t_quantile(len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return mean, mean - margin, mean + margin
 
 
-def add_legend(ax):
-    """Below the panel, where it hides nothing."""
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.6)
+def welch_interval(values, baseline):
+    """Difference of two means, low, high, by Welch for unequal variances."""
+    difference = mean_interval(values)[0] - mean_interval(baseline)[0]
+    if min(len(values), len(baseline)) < 3:
+        return difference, math.nan, math.nan
+    ours = np.var(values, ddof=1) / len(values)
+    theirs = np.var(baseline, ddof=1) / len(baseline)
+    if ours + theirs == 0:
+        return difference, difference, difference
+    total = ours**2 / (len(values) - 1) + theirs**2 / (len(baseline) - 1)
+    margin = t_quantile((ours + theirs) ** 2 / total) * math.sqrt(ours + theirs)
+    return difference, difference - margin, difference + margin
 
 
-def trailing_mean(values, window):
-    """The mean of each value and of up to `window` - 1 values before it. values (P,) -> (P,)"""
-    means = np.zeros(len(values))
-    for i in range(len(values)):
-        means[i] = values[max(0, i + 1 - window) : i + 1].mean()
-    return means
-
-
-def average_curves(curves):
-    """Mean, standard deviation (ddof = 1) and number of some curves at every x of any of them.
-
-    curves: one (2, P) array of x and y per run. A curve counts from its first x to its last, and is
-    linear between its points. Returns x, mean, std, n, (Q,) each; std is NaN where n = 1.
-    """
-    x = np.unique(np.concatenate([curve[0] for curve in curves]))
-    y = [np.interp(x, curve[0], curve[1], left=np.nan, right=np.nan) for curve in curves]
-    y = np.array(y)  # (curves, Q)
-    n = np.isfinite(y).sum(axis=0)
-    mean = np.nansum(y, axis=0) / n
-    squares = np.nansum((y - mean) ** 2, axis=0)
-    std = np.full(len(x), np.nan)
-    several = n > 1
-    std[several] = np.sqrt(squares[several] / (n[several] - 1))
-    return x, mean, std, n
-
-
-def choose_metric(runs, metric):
-    """The metric; reward_mean where eval_reward is asked for and no run was ever evaluated."""
-    columns = {}
-    for run in runs:
-        for row in run.rows:
-            columns.update(dict.fromkeys(row))
-    if metric in columns:
-        return metric
-    if metric == "eval_reward" and "reward_mean" in columns:
-        say("no run has eval_reward: this is reward_mean, the reward of the training samples")
-        return "reward_mean"
-    raise PlotError(f"no {metric} in {name_folders(runs)}: they have {', '.join(columns)}")
-
-
-def collect(groups, *columns):
-    """{task: [(group, arrays), ...]}, where each array (columns, rows) is of one run.
-
-    Runs without these columns are skipped with a message. Raises PlotError where none is left.
-    """
-    panels = {}
-    without = []
-    for group in groups:
-        arrays = []
-        for run in group.runs:
-            values = read_columns(run, *columns)
-            if values.size > 0:
-                arrays.append(values)
-            else:
-                without.append(run)
-        if arrays:
-            panels.setdefault(group.task, []).append((group, arrays))
-    wanted = f"no row with {', '.join(columns)}"
-    if not panels:
-        raise PlotError(f"{wanted} in {name_folders(without)}")
-    for run in without:
-        say(f"skipped: {run.folder}: {wanted}")
-    return panels
-
-
-def draw_curves(runs, x="samples", metric="eval_reward", smooth=10):
-    """Figures 3 and 3b: a metric against x, a panel per task, a line per setting.
-
-    The line is the mean over seeds, dashed where some of them had ended; the band is one standard
-    deviation (ddof = 1), from two seeds on. Training columns are smoothed, evaluations are not.
-    """
-    metric = choose_metric(runs, metric)
-    window = 1 if metric.startswith("eval_") else smooth
-    groups = group_runs(runs)
-    looks = choose_looks(groups)
-    panels = collect(groups, x, metric)
-
-    def ylabel(task):
-        label = metric
-        if metric == "eval_reward":
-            label = UNITS.get(task, metric)
-        elif metric == "reward_mean":
-            label = f"{UNITS.get(task, metric)} of the training samples"
-        if window > 1:
-            label += f",\nmean of the last {window} iterations"
-        return label
-
-    note = "mean over n seeds; band: one standard deviation (ddof = 1); dashed: fewer seeds"
-    columns = min(3, len(panels))
-    figure, axes = make_panels(panels, columns, X_LABELS[x], ylabel, note)
-    for ax, lines in zip(axes, panels.values()):
-        for group, curves in lines:
-            for curve in curves:
-                curve[1] = trailing_mean(curve[1], window)
-            draw_mean_curve(ax, group.label, curves, looks[group.label])
-        add_legend(ax)
-    return figure
-
-
-def draw_mean_curve(ax, label, curves, look):
-    """The mean of a setting's curves and its band."""
-    x, mean, std, n = average_curves(curves)
-    style = look | {"markersize": 4, "markevery": math.ceil(len(x) / 20)}
-    everyone = n == len(curves)
-    text = f"{label} (n = {len(curves)}"
-    if not everyone.all():
-        fewer = np.unique(n[~everyone])[::-1]
-        text += f", dashed {', '.join(str(count) for count in fewer)}"
-        ax.plot(x, mean, linestyle="dashed", **style)
-    ax.plot(x[everyone], mean[everyone], label=f"{text})", **style)
-    if len(curves) > 1:
-        low = mean - std
-        high = mean + std
-        ax.fill_between(x, low, high, where=n > 1, color=look["color"], alpha=0.18, linewidth=0)
-
-
-def find_baseline(groups, baseline):
-    """The label of the setting that --baseline names, by its script or by the label itself.
-
-    Returns None where there is none. Raises PlotError where a script has several settings.
-    """
-    labels = [group.label for group in groups if baseline in (group.script, group.label)]
-    labels = list(dict.fromkeys(labels))
-    if len(labels) > 1:
-        quoted = " or ".join(f'"{label}"' for label in labels)
-        raise PlotError(f"--baseline {baseline} has several settings: choose {quoted}")
-    return labels[0] if labels else None
-
-
-def average_paths(paths):
-    """Mean and standard deviation over runs, at the iterations that all of them were evaluated at.
-
-    paths: one (3, P) array per run: iteration, x, reward. Returns the mean (3, Q), and the standard
-    deviation (3, Q) with ddof = 1, NaN for one run. Q is 0 where they have no evaluation in common.
-    """
-    common = set(paths[0][0])
-    for path in paths:
-        common &= set(path[0])
-    common = sorted(common)
-    stacked = np.array([path[:, np.isin(path[0], common)] for path in paths])  # (runs, 3, Q)
-    std = np.full(stacked.shape[1:], np.nan)
-    if len(paths) > 1:
-        std = stacked.std(axis=0, ddof=1)
-    return stacked.mean(axis=0), std
-
-
-def draw_tradeoff(runs, x="eval_align", baseline="ddpo_is"):
-    """Reward against prompt alignment, or against the KL: a panel per task, a path per setting.
-
-    A path is the mean over seeds, with a marker per evaluation. Whoever stops the baseline early
-    gets a point of its path, so that path is drawn thick: a method is worth its cost where it gets
-    beyond.
-    """
-    groups = group_runs(runs)
-    looks = choose_looks(groups)
-    baseline_label = find_baseline(groups, baseline)
-    if baseline_label is None:
-        say(f"--baseline {baseline}: no such run, so no path is drawn thick")
-    panels = collect(groups, "iteration", x, "eval_reward")
-
-    def ylabel(task):
-        return UNITS.get(task, "eval_reward")
-
-    note = "mean over n seeds; ring: pretrained; large marker: end, +- one standard deviation"
-    columns = min(2, len(panels))
-    figure, axes = make_panels(panels, columns, X_LABELS[x], ylabel, note)
-    for ax, lines in zip(axes, panels.values()):
-        if x == "kl_ref":  # 0 at the start, then a hundred to hundreds of thousands
-            ax.set_xscale("symlog", linthresh=100)
-        for group, paths in lines:
-            emphasised = group.label == baseline_label
-            draw_mean_path(ax, group.label, paths, looks[group.label], emphasised)
-        add_legend(ax)
-    return figure
-
-
-def draw_mean_path(ax, label, paths, look, emphasised):
-    """The mean path of a setting, with its start and its end marked."""
-    mean, std = average_paths(paths)
-    longest = max(path[0, -1] for path in paths)
-    _, x, reward = mean
-    if x.size == 0:
-        raise PlotError(f"the runs of {label} have no evaluated iteration in common")
-    if mean[0, -1] < longest:
-        say(f"{label}: drawn to iteration {mean[0, -1]:.0f}, which all of its seeds reached")
-
-    width = 1.5
-    if emphasised:
-        label = f"{label}, stopped early: the line to beat"
-        width = 2.5
-        ax.plot(x, reward, color=look["color"], linewidth=7, alpha=0.3, zorder=1)
-    text = f"{label} (n = {len(paths)})"
-    ax.plot(x, reward, label=text, linewidth=width, markersize=3.5, **look)
-    if len(paths) > 1:
-        ax.errorbar(
-            x[-1],
-            reward[-1],
-            xerr=std[1, -1],
-            yerr=std[2, -1],
-            color=look["color"],
-            elinewidth=1,
-            alpha=0.7,
-        )
-    ax.scatter(x[-1], reward[-1], s=80, zorder=3, edgecolors="white", **look)
-    ax.scatter(x[0], reward[0], s=90, zorder=4, facecolors="none", edgecolors="black")
+def compare(values, baseline, paired):
+    """The interval of values minus baseline, and how many seeds it is of. Both {seed: number}."""
+    if not paired:
+        count = f"{len(values)} and {len(baseline)}"
+        return welch_interval(list(values.values()), list(baseline.values())), count
+    common = values.keys() & baseline.keys()
+    differences = [values[seed] - baseline[seed] for seed in common]
+    return mean_interval(differences), f"{len(common)} paired"
 
 
 # --------------------------------------------------------------------------------------------------
 # tables
 
 
-def choose_iteration(run, iteration, *columns):
-    """The iteration to report: the given one, or the last. None if it lacks one of the columns."""
-    iterations = read_columns(run, "iteration", *columns)[0]
-    if iteration is None and len(iterations) > 0:
-        return iterations[-1]
-    if iteration in iterations:
-        return iteration
-    return None
+def make_tables(
+    runs: RunPaths,
+    iteration: tuple[int, ...] = (),
+    baseline: str | None = None,
+    contrast: float | None = None,
+) -> str:
+    """Markdown tables of settings by task, then of pairs.
 
-
-def value_at(run, column, iteration):
-    """One number of metrics.csv, NaN where it is missing."""
-    for row in run.rows:
-        if row["iteration"] == iteration:
-            return row.get(column, math.nan)
-    return math.nan
-
-
-def show_mean(values, digits):
-    """ "1.650 +- 0.207": mean and standard deviation (ddof = 1) over seeds."""
-    if not np.isfinite(values).all():
-        return "-"
-    text = f"{np.mean(values):.{digits}f}"
-    if len(values) > 1:
-        text += f" +- {np.std(values, ddof=1):.{digits}f}"
-    return text
-
-
-def show_range(values):
-    """ "3,200", or "1,120 to 3,200" where seeds differ."""
-    if not values:
-        return "-"
-    text = f"{min(values):,.0f}"
-    if max(values) > min(values):
-        text += f" to {max(values):,.0f}"
-    return text
-
-
-def make_table(runs, iteration=None):
-    """A row per setting: first and last evaluation, mean +- standard deviation (ddof = 1).
-
-    eval_reward_se is the mean over seeds of the last evaluation's standard error, "-" for old runs,
-    which lack it. Minutes are sampling, reward and training.
+    Args:
+        iteration: the evaluations to report; by default the last one that all of the runs have
+        baseline: a script, or the full name of a setting: the tables show differences to it
+        contrast: in kB: pairs as they first reach it, both runs stopped at once. A setting of
+            which one pair never reaches it has no value there, and no difference
     """
-    rows = []
-    without = []
-    for group in group_runs(runs):
-        first = {"eval_reward": [], "eval_align": []}
-        last = {"iteration": [], "samples": [], "minutes": [], "eval_reward_se": []}
-        last |= {"eval_reward": [], "eval_align": []}
-        for run in group.runs:
-            end = choose_iteration(run, iteration, "eval_reward")
-            if end is None:
-                without.append(run)
-                continue
-            start = read_columns(run, "iteration", "eval_reward")[0, 0]
-            for name, values in first.items():
-                values.append(value_at(run, name, start))
-            for name, values in last.items():
-                values.append(value_at(run, name, end))
-        if not last["iteration"]:
-            continue
-        row = {
-            "task": group.task,
-            "setting": group.label,
-            "n": str(len(last["iteration"])),
-            "iterations": show_range(last["iteration"]),
-            "queries": show_range(last["samples"]),
-            "minutes": f"{np.mean(last['minutes']):.1f}",
-            "eval_reward, first": show_mean(first["eval_reward"], 3),
-            "eval_reward, last": show_mean(last["eval_reward"], 3),
-            "eval_reward_se, last": show_mean([np.mean(last["eval_reward_se"])], 3),
-            "eval_align, first": show_mean(first["eval_align"], 1),
-            "eval_align, last": show_mean(last["eval_align"], 1),
-        }
-        rows.append(row)
-    wanted = "no eval_reward" if iteration is None else f"no eval_reward at iteration {iteration}"
-    if not rows:
-        raise PlotError(f"{wanted} in {name_folders(without)}")
-    for run in without:
-        say(f"skipped: {run.folder}: {wanted}")
-    return rows
+    loaded = load_runs(runs)
+    pairs = make_pairs(loaded)
+    if baseline is not None:
+        chosen = {run.label for run in loaded if baseline in (run.script, run.label)}
+        if len(chosen) != 1:
+            known = "; ".join(sorted({run.label for run in loaded}))
+            sys.exit(f"--baseline {baseline} is {len(chosen)} settings of these: {known}")
+        baseline = chosen.pop()
+    if contrast is not None:
+        return to_markdown(make_contrast_rows(pairs, contrast, baseline))
+
+    if not iteration:
+        common = set.intersection(*[set(run.evaluations("gain")) for run in loaded])
+        if max(common, default=0) == 0:
+            sys.exit("the runs have no evaluation but the first in common: use --iteration")
+        iteration = (int(max(common)),)
+    tables = [make_rows(loaded, iteration, baseline), make_rows(pairs, iteration, baseline)]
+    if not tables[0]:
+        sys.exit("no run was evaluated there, or none that the baseline can be compared with")
+    return "\n".join(to_markdown(rows) for rows in tables if rows)
 
 
-def monotone_envelope(rewards, aligns):
-    """The evaluations of a run whose reward is higher than at every one before.
-
-    rewards, aligns (P,) in the order of training, the pretrained model first. Returns both, (Q,)
-    each: at the reward of one of these evaluations the run would be stopped for the first time.
-    """
-    best = -np.inf
-    chosen = []
-    for i, reward in enumerate(rewards):
-        if reward > best:
-            best = reward
-            chosen.append(i)
-    return rewards[chosen], aligns[chosen]
-
-
-def t_interval(values):
-    """Mean of n values and its 95 % confidence interval by Student's t: mean, low, high.
-
-    low and high are NaN for n = 1. For n > 30 the quantile is that of n = 30, a little too wide.
-    """
-    mean = np.mean(values)
-    if len(values) < 2:
-        return mean, math.nan, math.nan
-    degrees = min(len(values) - 1, len(T_QUANTILES))
-    margin = T_QUANTILES[degrees - 1] * np.std(values, ddof=1) / math.sqrt(len(values))
-    return mean, mean - margin, mean + margin
-
-
-def compare_at_equal_reward(group, baseline_group, iteration=None):
-    """CLIP score of each run minus that of the baseline run of its seed at the same reward.
-
-    A run has eval_reward r and eval_align a at the chosen iteration. The baseline run of the same
-    seed, stopped when it first reaches r, has the CLIP score b: linear in the reward between two
-    neighbours of its monotone envelope (see there). The difference is a - b: positive where the run
-    keeps more of the prompt than the baseline stopped early. Nothing is extrapolated: a run whose
-    reward is above the highest or below the first of the baseline is left out, and so is one whose
-    pretrained model scores another reward (another model, other prompts or steps).
-
-    Returns {seed: difference}, {seed: why it is left out}, and the iterations of the former.
-    """
-    baselines = {run.args["seed"]: run for run in baseline_group.runs}
-    differences = {}
-    left_out = {}
-    iterations = []
-    for run in group.runs:
-        seed = run.args["seed"]
-        chosen = choose_iteration(run, iteration, "eval_reward", "eval_align")
-        if chosen is None:
-            left_out[seed] = "not evaluated"
-            continue
-        path = np.empty((2, 0))
-        if seed in baselines:
-            path = read_columns(baselines[seed], "eval_reward", "eval_align")
-        if path.size == 0:
-            left_out[seed] = "no baseline"
-            continue
-        rewards, aligns = monotone_envelope(*path)
-        start = value_at(run, "eval_reward", 0)
-        if abs(start - rewards[0]) > 0.01 * abs(rewards[0]):
-            left_out[seed] = "another start"
-            continue
-        reward = value_at(run, "eval_reward", chosen)
-        if reward > rewards[-1]:
-            left_out[seed] = "above"
-        elif reward < rewards[0]:
-            left_out[seed] = "below"
-        else:
-            baseline_align = np.interp(reward, rewards, aligns)
-            differences[seed] = value_at(run, "eval_align", chosen) - baseline_align
-            iterations.append(chosen)
-    return differences, left_out, iterations
-
-
-def pair_groups(runs, baseline):
-    """[(group, the baseline's group of the same task), ...] for all settings but the baseline's."""
+def make_rows(runs, iterations, baseline):
+    """A row per task, iteration and setting; with a baseline, differences to it."""
     groups = group_runs(runs)
-    baseline_label = find_baseline(groups, baseline)
-    if baseline_label is None:
-        labels = ", ".join(dict.fromkeys(group.label for group in groups))
-        raise PlotError(f"--baseline {baseline}: no such run in {name_folders(runs)} ({labels})")
+    title = "setting" if baseline is None else f"setting, minus {baseline}"
+    rows = []
+    for iteration in iterations:
+        for (task, label), seeds in groups.items():
+            values = read_columns(seeds, iteration)
+            others = read_columns(groups.get((task, baseline), {}), iteration)
+            row = {"task": task, title: label, "iteration": str(iteration)}
+            if baseline is None and values["samples"]:
+                rows.append(row | show_values(values))
+            elif values["samples"] and others["samples"] and label != baseline:
+                rows.append(row | show_differences(values, others, iteration < 100))
+    return sorted(rows, key=lambda row: row["task"])
 
-    baseline_groups = {}
-    for group in groups:
-        if group.label == baseline_label:
-            baseline_groups[group.task] = group
-    pairs = []
-    for group in groups:
-        if group.label == baseline_label:
-            continue
-        if group.task in baseline_groups:
-            pairs.append((group, baseline_groups[group.task]))
+
+def read_columns(seeds, iteration):
+    """{column: {seed: number}} at one iteration; a column that not all seeds have is empty."""
+    columns = {}
+    chosen = {}
+    for seed, run in seeds.items():
+        if iteration in run.evaluations("samples"):
+            chosen[seed] = run.evaluations("samples")[iteration]
+    for name in COLUMNS:
+        values = {seed: row[name] for seed, row in chosen.items() if name in row}
+        columns[name] = values if len(values) == len(chosen) else {}
+    return columns
+
+
+def show_values(values):
+    """The cells of one setting. values: {column: {seed: number}}"""
+    cells = {"n": str(len(values["samples"]))}
+    for name, (title, decimals) in COLUMNS.items():
+        numbers = list(values[name].values())
+        if name in ("gain", "contrast", "drift"):
+            cells[title] = show_interval(mean_interval(numbers), decimals)
         else:
-            say(f"skipped: {group.label} on {group.task}: {baseline_label} has no run of that task")
-    if not pairs:
-        raise PlotError(f"nothing to compare with {baseline_label} in {name_folders(runs)}")
-    return pairs
+            cells[title] = show_spread(numbers, decimals)
+    return cells
 
 
-def make_equal_table(runs, baseline="ddpo_is", iteration=None):
-    """A row per setting but the baseline's: the CLIP score minus the baseline's at equal reward.
+def show_differences(values, others, paired):
+    """The cells of one setting minus another. values, others: {column: {seed: number}}"""
+    cells = {}
+    _, cells["n"] = compare(values["samples"], others["samples"], paired)
+    for name, (title, decimals) in COLUMNS.items():
+        if name not in ("samples", "eval_reward"):  # rewards differ as their gains do
+            interval, _ = compare(values[name], others[name], paired)
+            cells[title] = show_interval(interval, decimals)
+    return cells
 
-    The interval is that of the mean over seeds, by Student's t. "left out" has the seeds whose
-    reward is above or below the baseline's range, or that have no counterpart.
-    """
+
+def make_contrast_rows(pairs, contrast, baseline):
+    """A row per setting at the same contrast; with a baseline also the differences to it."""
+    groups = group_runs(pairs)
     rows = []
-    outside = 0
-    for group, baseline_group in pair_groups(runs, baseline):
-        differences, left_out, iterations = compare_at_equal_reward(
-            group, baseline_group, iteration
-        )
-        reasons = list(left_out.values())
-        outside += reasons.count("above") + reasons.count("below")
-        row = {"task": group.task, "setting": group.label, "iteration": show_range(iterations)}
-        title = f"CLIP score minus that of {baseline_group.label}, by seed"
-        rows.append(row | show_differences(title, differences, left_out, 1))
-    if outside > 0:
-        label = baseline_group.label
-        say(f"left out, as their reward is outside the range of {label}: {outside} run(s)")
+    for (task, label), seeds in groups.items():
+        stops = stop_pairs(seeds, contrast)
+        missing = [str(seed) for seed in seeds if math.isnan(stops["samples"][seed])]
+        row = {"task": task, "setting": label, "contrast (kB)": f"{contrast:g}"}
+        row["n"] = str(len(seeds))
+        row["not reached by seed"] = ", ".join(missing) or "-"
+        row["all reach"] = f"{largest_contrast(seeds):.3f}"
+        for name, values in stops.items():
+            title, decimals = COLUMNS[name]
+            row[title] = show_spread(list(values.values()), decimals)
+
+        if baseline is not None:
+            others = stop_pairs(groups.get((task, baseline), {}), contrast)
+            logs = [
+                {s: math.log(q) for s, q in stop["samples"].items()} for stop in (stops, others)
+            ]
+            interval, row["compared"] = compare(*logs, paired=True)
+            ratio, low, high = np.exp(interval)
+            row["times its queries"] = f"{ratio:.2f} ({low:.2f} to {high:.2f})"
+            for name in ("eval_align", "eval_top1"):
+                title, decimals = COLUMNS[name]
+                interval, _ = compare(stops[name], others[name], paired=True)
+                row[f"{title}, minus that of {baseline}"] = show_interval(interval, decimals)
+        rows.append(row)
     return rows
 
 
-def make_compare_table(runs, baseline="ddpo_is", metric="eval_reward", iteration=None):
-    """A row per setting but the baseline's: its metric minus the baseline's at one iteration.
-
-    Runs of the same seed are compared; without an iteration, the last evaluation of each. The
-    interval is that of the mean over seeds, by Student's t.
-    """
-    rows = []
-    for group, baseline_group in pair_groups(runs, baseline):
-        values = []  # of the setting and of its baseline, {seed: number}
-        iterations = []
-        for compared in (group, baseline_group):
-            found = {}
-            for run in compared.runs:
-                chosen = choose_iteration(run, iteration, metric)
-                if chosen is not None:
-                    found[run.args["seed"]] = value_at(run, metric, chosen)
-                    iterations.append(chosen)
-            values.append(found)
-        ours, theirs = values
-        differences = {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
-        left_out = {seed: "no baseline" for seed in ours if seed not in theirs}
-        row = {"task": group.task, "setting": group.label, "iteration": show_range(iterations)}
-        title = f"{metric} minus that of {baseline_group.label}, by seed"
-        decimals = 3 if "reward" in metric else 1
-        rows.append(row | show_differences(title, differences, left_out, decimals))
-    return rows
+def stop_pairs(seeds, contrast):
+    """{column: {seed: number}} as pairs first reach a contrast. seeds: {seed: pair}"""
+    stops = {}
+    for name in ("samples", "eval_align", "eval_top1"):
+        stops[name] = {seed: stop_at_contrast(pair, contrast, name) for seed, pair in seeds.items()}
+    return stops
 
 
-def make_gain_table(runs, metric="eval_reward", iteration=None):
-    """A row per setting: its metric minus that of the same run at iteration 0.
-
-    Iteration 0 is the pretrained model. Without an iteration, the last evaluation of each run is
-    taken. The interval is that of the mean over seeds, by Student's t.
-    """
-    rows = []
-    for group in group_runs(runs):
-        differences = {}
-        left_out = {}
-        iterations = []
-        for run in group.runs:
-            seed = run.args["seed"]
-            chosen = choose_iteration(run, iteration, metric)
-            start = value_at(run, metric, 0)
-            if chosen is None or math.isnan(start):
-                left_out[seed] = "not evaluated"
-                continue
-            differences[seed] = value_at(run, metric, chosen) - start
-            iterations.append(chosen)
-        row = {"task": group.task, "setting": group.label, "iteration": show_range(iterations)}
-        title = f"{metric} minus that of iteration 0, by seed"
-        decimals = 3 if "reward" in metric else 1
-        rows.append(row | show_differences(title, differences, left_out, decimals))
-    if all(row["n"] == "0" for row in rows):
-        raise PlotError(f"no {metric} at iteration 0 and later in {name_folders(runs)}")
-    return rows
+def largest_contrast(seeds):
+    """The largest that all of these pairs reach. seeds: {seed: pair}"""
+    return min(max(row["contrast"] for row in pair.rows) for pair in seeds.values())
 
 
-def show_differences(title, differences, left_out, decimals):
-    """The cells of one comparison: differences {seed: number}, left_out {seed: why}."""
-    mean, low, high = math.nan, math.nan, math.nan
-    if differences:
-        mean, low, high = t_interval(list(differences.values()))
-    verdict = "not significant" if differences else "-"
-    if low > 0 or high < 0:  # False where they are NaN
-        verdict = "significant"
+def show_spread(numbers, decimals):
+    """ "1.650 ± 0.207": mean and standard deviation over seeds (ddof = 1)."""
+    if not numbers or not np.isfinite(numbers).all():
+        return "-"
+    text = f"{np.mean(numbers):,.{decimals}f}"
+    if len(numbers) > 1 and np.ptp(numbers) > 0:
+        text += f" ± {np.std(numbers, ddof=1):,.{decimals}f}"
+    return text
 
-    def show(number):
-        return f"{number:+.{decimals}f}"
 
-    each = [f"{seed}: {show(difference)}" for seed, difference in differences.items()]
-    reasons = [f"{seed}: {reason}" for seed, reason in left_out.items()]
-    return {
-        "n": str(len(differences)),
-        title: ", ".join(each),
-        "mean": show(mean) if differences else "-",
-        "95 % interval": f"{show(low)} to {show(high)}" if len(differences) > 1 else "-",
-        "verdict": verdict,
-        "left out": ", ".join(reasons),
-    }
+def show_interval(interval, decimals):
+    """ "**+0.203** (+0.101 to +0.304)", bold if 0 is outside."""
+    mean, low, high = [f"{number:+,.{decimals}f}" for number in interval]
+    if math.isnan(interval[0]):
+        return "-"
+    if math.isnan(interval[1]):
+        return mean
+    if interval[1] > 0 or interval[2] < 0:
+        mean = f"**{mean}**"
+    return f"{mean} ({low} to {high})"
 
 
 def to_markdown(rows):
-    """Rows {column: text} as a Markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    """Rows {title: text} as a Markdown table without the columns that are "-" everywhere."""
+    titles = [title for title in rows[0] if any(row[title] != "-" for row in rows)]
+    lines = [titles, ["---"] * len(titles)]
     for row in rows:
-        lines.append(list(row.values()))
+        lines.append([row[title] for title in titles])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def to_csv(rows):
-    """Rows {column: text} as csv."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
+# --------------------------------------------------------------------------------------------------
+# figures of numbers
+
+
+def choose_looks(runs):
+    """{label: style}, the same in all figures for the settings of LOOKS."""
+    other_looks = cycle(OTHER_LOOKS)
+    looks = {}
+    for run in runs:
+        if run.label not in looks:
+            colour, marker = LOOKS[run.label] if run.label in LOOKS else next(other_looks)
+            looks[run.label] = {"color": colour, "marker": marker, "markersize": 4}
+    return looks
+
+
+def draw_mean(ax, label, look, x, y):
+    """The mean of the seeds' curves and its interval. x, y: (seeds, P)"""
+    x = np.mean(x, axis=0)
+    mean, low, high = np.array([mean_interval(numbers) for numbers in np.transpose(y)]).T
+    ax.plot(x, mean, label=f"{label} (n = {len(y)})", markevery=math.ceil(len(x) / 20), **look)
+    if (np.diff(x) > 0).all():  # not along a path that turns
+        ax.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    return mean[-1]
+
+
+def read_curves(seeds, x, y, last=None):
+    """Two columns at the iterations at which all seeds have both: (seeds, P) each."""
+    found = [run.evaluations(x, y) for run in seeds.values()]
+    common = sorted(set.intersection(*[set(rows) for rows in found]))
+    if last is not None:
+        common = [iteration for iteration in common if iteration <= last]
+    columns = []
+    for name in (x, y):
+        columns.append(np.array([[rows[k][name] for k in common] for rows in found]))
+    return columns
+
+
+def draw_curves(
+    runs: RunPaths,
+    out: Out = Path("curves.png"),
+    metric: tuple[str, ...] = ("eval_reward",),
+    x: str = "samples",
+    limits: tuple[float, float] | None = None,
+    last: int | None = None,
+) -> None:
+    """Figures 3 and 3b: columns of metrics.csv, a panel per task and column.
+
+    A curve ends at the last iteration that all of its seeds have.
+
+    Args:
+        metric: columns of metrics.csv
+        x: another one: samples (reward queries), iteration, eval_align (CLIP score), kl_ref
+        limits: of the y axis of the first column; curves that end beyond are named there
+        last: iteration at which the curves end
+    """
+    loaded = load_runs(runs)
+    groups = group_runs(loaded)
+    looks = choose_looks(loaded)
+    tasks = list(dict.fromkeys(task for task, _ in groups))
+    size = (4.8 * len(tasks), 3.2 * len(metric) + 1)  # inches
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(metric), len(tasks), squeeze=False)
+    beyond = {}
+    for (task, label), seeds in groups.items():
+        for name, axes in zip(metric, panels):
+            ax = axes[tasks.index(task)]
+            xs, ys = read_curves(seeds, x, name, last)
+            if ys.size == 0:
+                continue
+            title = COLUMNS.get(name, (name,))[0]
+            if name in ("eval_reward", "reward_mean") and task.endswith("compress"):
+                title = "JPEG size (kB)"
+                ys = abs(ys)
+            end = draw_mean(ax, label, looks[label], xs, ys)
+            ax.set(title=task, xlabel=COLUMNS.get(x, (x,))[0], ylabel=title)
+            if x == "kl_ref":  # 0 at the start, then hundreds to hundreds of thousands
+                ax.set_xscale("symlog", linthresh=100)
+                ax.xaxis.set_major_formatter("{x:,.0f}")
+            if limits is not None and name == metric[0]:
+                ax.set_ylim(limits)
+                if not limits[0] <= end <= limits[1]:
+                    beyond.setdefault(ax, []).append(f"{label}: {end:.2f} at the end")
+    for ax, lines in beyond.items():
+        ax.text(0.97, 0.97, "\n".join(lines), ha="right", va="top", transform=ax.transAxes)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    note = "mean over n seeds, band: 95 % interval"
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, title=note)
+    save(figure, out)
+
+
+def draw_contrast(runs: RunPaths, out: Out = Path("contrast.png")) -> None:
+    """Contrast and drift against reward queries, and the CLIP score at equal contrast.
+
+    The latter is that of pairs as they first reach a contrast, both runs stopped at once, up to the
+    largest contrast that all seeds of the setting reach.
+    """
+    pairs = make_pairs(load_runs(runs))
+    looks = choose_looks(pairs)
+    figure = Figure(figsize=(9.6, 7), layout="constrained")
+    panels = figure.subplots(2, 2)
+    for (_, label), seeds in group_runs(pairs).items():
+        for name, ax in zip(("contrast", "drift"), panels[0]):
+            draw_mean(ax, label, looks[label], *read_curves(seeds, "samples", name))
+            ax.set(xlabel="reward queries", ylabel=COLUMNS[name][0])
+        levels = np.linspace(0, largest_contrast(seeds), 41)
+        scores = [stop_at_contrast(pair, levels, "eval_align") for pair in seeds.values()]
+        draw_mean(panels[1, 0], label, looks[label], [levels], scores)
+    panels[1, 0].set(xlabel="contrast (kB)", ylabel="CLIP score as it is first reached")
+    panels[1, 1].set_axis_off()
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    note = "mean over n seeds (pairs of runs), 95 % interval"
+    panels[1, 1].legend(handles, labels, loc="center", title=note)
+    save(figure, out)
+
+
+def save(figure, out):
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out)
+    print(out)
 
 
 # --------------------------------------------------------------------------------------------------
 # figures of pictures
 
 
-def find_pictures(runs, kind):
-    """[(run, {iteration: path}), ...] of the runs with pictures in images/ or trajectory/."""
-    found = []
-    without = []
-    for run in runs:
-        pictures = {}
-        for path in sorted((run.folder / kind).glob("*.png")):
-            if path.stem.isdecimal():
-                pictures[int(path.stem)] = path
-        if pictures:
-            found.append((run, pictures))
-        else:
-            without.append(run)
-    if not found:
-        raise PlotError(f"no pictures in {kind}/ of {name_folders(runs)}")
-    for run in without:
-        say(f"skipped: {run.folder}: no pictures in {kind}/")
-    return found
+def draw_pictures(
+    runs: RunPaths,
+    out: Out = Path("pictures.png"),
+    across: Literal["iterations", "prompts", "steps"] = "iterations",
+    iteration: tuple[int, ...] = (),
+    prompt: tuple[int, ...] = (),
+) -> None:
+    """Figures 1, 2, 4 and 5: pictures of the evaluations.
+
+    Args:
+        across: iterations: a row per run and prompt. prompts: the pretrained model, then a row per
+            run. steps: "elephant" while it is denoised, a row per run
+        iteration: the evaluations to show; by default six spread over the first run's, or the last
+            one of each run where a row has prompts or steps
+        prompt: which of the fixed prompts, from 0; by default the first, or the first eight
+    """
+    rows = []
+    loaded = load_runs(runs)
+    kind = "trajectory" if across == "steps" else "images"
+    paths = [list_pictures(run, kind) for run in loaded]
+    if across == "iterations":
+        found = sorted(paths[0])
+        spread = np.linspace(0, len(found) - 1, min(6, len(found))).round().astype(int)
+        for run in loaded:
+            for index in prompt or (0,):
+                rows.append(read_progress(run, iteration or [found[i] for i in spread], index))
+    elif across == "prompts":
+        start = loaded[paths.index(min(paths, key=min))]
+        rows.append(read_evaluation(start, 0, prompt or range(8), "pretrained"))
+    for run, own in zip(loaded, paths):
+        for number in iteration or [max(own)]:
+            if across == "prompts":
+                rows.append(read_evaluation(run, number, prompt or range(8), run.label))
+            elif across == "steps":
+                rows.append(read_strip(run, number))
+    save(draw_rows(rows), out)
 
 
-def read_picture(path):
-    """A PNG as an array (H, W, 3), None with a message where it is damaged."""
-    try:
-        with Image.open(path) as image:
-            if image.width < 6 or image.height < 2:
-                raise ValueError("too small")
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's for a broken PNG
-        say(f"{path}: left out ({error})")
-        return None
+def list_pictures(run, kind):
+    """{iteration: path} of a run's pictures in images/ or trajectory/."""
+    return {int(path.stem): path for path in (run.folder / kind).glob("*.png")}
 
 
-def picture_aspect(run):
-    """Width / height of one picture, from the strip of six in trajectory/; else it is a square."""
-    for path in sorted((run.folder / "trajectory").glob("*.png")):
-        strip = read_picture(path)
-        if strip is not None:
-            return strip.shape[1] / 6 / strip.shape[0]
-    return 1.0
+def read_picture(run, kind, iteration):
+    with Image.open(list_pictures(run, kind)[iteration]) as picture:
+        return np.asarray(picture.convert("RGB"))
 
 
-def cut_grid(grid, aspect):
-    """The first line of a grid of two lines, as a list of its pictures."""
+def read_grid(run, iteration):
+    """[(prompt, picture), ...] of the first of the two lines of a grid; pictures are squares."""
+    grid = read_picture(run, "images", iteration)
     line = grid[: len(grid) // 2]
-    count = max(1, round(line.shape[1] / len(line) / aspect))  # large grids were scaled down
-    edges = line.shape[1] * np.arange(count + 1) // count
-    return [line[:, left:right] for left, right in zip(edges[:-1], edges[1:])]
-
-
-def name_prompt(run, index, count):
-    """Which of `count` fixed prompts this is: its text, if the run has its prompts.txt."""
-    path = run.folder / "prompts.txt"
-    if not path.is_file():
-        return f"prompt {index}"
-    prompts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    if len(prompts) < count:
-        return f"prompt {index}"
-    # spread over the list, as the scripts' evaluate chooses them
+    count = round(line.shape[1] / len(line))  # large grids were scaled down
+    prompts = read_prompts(run) or [f"prompt {i}" for i in range(count)]
+    # spread over the list, as in the scripts' evaluate
     chosen = np.linspace(0, len(prompts) - 1, count).astype(int)
-    return f'"{prompts[chosen[index]][:24]}"'
+    names = [prompts[i][:24] for i in chosen]
+    return list(zip(names, np.array_split(line, count, axis=1)))
 
 
-def draw_rows(rows, title):
-    """rows: [(run, detail, [(caption, picture (H, W, 3) or None), ...]), ...], of equal length."""
+def read_progress(run, iterations, index):
+    """One prompt and noise over training; an iteration without a grid stays blank."""
+    cells = []
+    for iteration in iterations:
+        picture = None
+        if iteration in list_pictures(run, "images"):
+            name, picture = read_grid(run, iteration)[index]
+        cells.append((f"iteration {iteration}", picture))
+    return run.label, [run.task, f"seed {run.args['seed']}", name], cells
+
+
+def read_evaluation(run, iteration, indices, label):
+    """Prompts at one iteration, with its JPEG size and CLIP score."""
+    grid = read_grid(run, iteration)
+    row = run.evaluations("eval_reward")[iteration]
+    lines = [run.task, f"seed {run.args['seed']}"]
+    if run.task.endswith("compress"):
+        lines.append(f"{abs(row['eval_reward']):.2f} kB")
+    if "eval_align" in row:
+        lines.append(f"CLIP {row['eval_align']:.1f}")
+    return label, lines, [grid[i] for i in indices]
+
+
+def read_strip(run, iteration):
+    """The six steps of "elephant" that Figure 4 shows."""
+    num_steps = run.args["num_steps"]
+    steps = [0] + [max(1, part * num_steps // 5) - 1 for part in range(1, 6)]
+    captions = [f"step {step}" for step in steps]
+    strip = read_picture(run, "trajectory", iteration)
+    cells = list(zip(captions, np.array_split(strip, 6, axis=1)))
+    return run.label, [run.task, f"seed {run.args['seed']}", f"iteration {iteration}"], cells
+
+
+def draw_rows(rows):
+    """rows: [(setting, further lines, [(caption, picture (H, W, 3) or None), ...]), ...]
+
+    Lines that all rows have stand above the figure.
+    """
+    common = set.intersection(*[set(lines) for _, lines, _ in rows])
     columns = len(rows[0][2])
-    side = min(8.4 / columns, 2)  # inches
-    size = (1.8 + side * columns, 0.6 + len(rows) * (side + 0.15))
+    side = min(8 / columns, 2)  # inches
+    size = (1.6 + side * columns, 0.6 + len(rows) * (side + 0.1))
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(title)
-    captions_above = None
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for axes, (run, detail, cells) in zip(grid, rows):
-        lines = [*run.label.split(", "), Path(run.args["reward"]).name]
-        lines += [f"seed {run.args['seed']}", detail]
-        axes[0].set_ylabel("\n".join(lines), rotation=0, ha="right", va="center", fontsize=9)
-        captions = [caption for caption, _ in cells]
-        for ax, (caption, picture) in zip(axes, cells):
+    figure.suptitle(", ".join(line for line in rows[0][1] if line in common), fontsize=11)
+    panels = figure.subplots(len(rows), columns, squeeze=False)
+    for i, (label, lines, cells) in enumerate(rows):
+        lines = label.split(", ") + [line for line in lines if line not in common]
+        panels[i, 0].set_ylabel("\n".join(lines), rotation=0, ha="right", va="center", fontsize=10)
+        for ax, (caption, picture) in zip(panels[i], cells):
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_color("lightgrey")  # a white picture is not a missing one
-            if captions != captions_above:
+            if i == 0:
                 ax.set_title(caption, fontsize=10)
             if picture is None:
                 ax.spines[:].set_visible(False)
             else:
                 ax.imshow(picture)
-        captions_above = captions
     return figure
 
 
-def draw_progress(runs, columns=6, prompt_index=(0,)):
-    """Figures 1 and 2: a row of pictures of one prompt and noise per run and prompt.
-
-    The iterations are spread evenly over those that any run has; a run without one has a blank.
-    """
-    found = find_pictures(runs, "images")
-    iterations = set()
-    for _, pictures in found:
-        iterations.update(pictures)
-    iterations = sorted(iterations)
-    spread = np.linspace(0, len(iterations) - 1, columns).round().astype(int)
-    iterations = [iterations[i] for i in np.unique(spread)]
-
-    rows = []
-    for run, pictures in found:
-        rows += read_progress(run, pictures, iterations, prompt_index)
-    if not rows:
-        raise PlotError(f"no picture in images/ of {name_folders(runs)} can be read")
-    return draw_rows(rows, "fixed prompts and noise over training")
-
-
-def read_progress(run, pictures, iterations, prompt_index):
-    """The rows of one run, one per prompt. Raises PlotError for a prompt that is not there."""
-    aspect = picture_aspect(run)
-    grids = {}
-    for iteration in iterations:
-        grid = read_picture(pictures[iteration]) if iteration in pictures else None
-        if grid is not None:
-            grids[iteration] = cut_grid(grid, aspect)
-    if not grids:
-        return []
-    count = max(len(grid) for grid in grids.values())
-
-    rows = []
-    for index in prompt_index:
-        if not 0 <= index < count:
-            raise PlotError(f"{run.folder}: no prompt {index}, its grids show 0 to {count - 1}")
-        cells = []
-        for iteration in iterations:
-            grid = grids.get(iteration, [])
-            picture = grid[index] if index < len(grid) else None
-            cells.append((f"iteration {iteration}", picture))
-        rows.append((run, name_prompt(run, index, count), cells))
-    return rows
-
-
-def draw_trajectory(runs, iteration=()):
-    """Figures 4 and 5: "elephant" after six of the denoising steps, a row per run and iteration.
-
-    Without an iteration it is each run's last. Step 49 of 50 is the finished picture.
-    """
-    rows = []
-    problems = []
-    for run, pictures in find_pictures(runs, "trajectory"):
-        # as in the scripts' evaluate: the first step, then every fifth part
-        num_steps = run.args["num_steps"]
-        steps = [0] + [max(1, part * num_steps // 5) - 1 for part in range(1, 6)]
-        for number in iteration or [max(pictures)]:
-            if number not in pictures:
-                problems.append(f"{run.folder}: no trajectory/{number:04d}.png")
-                continue
-            strip = read_picture(pictures[number])
-            if strip is not None:
-                captions = [f"step {step}" for step in steps]
-                cells = list(zip(captions, np.array_split(strip, 6, axis=1)))
-                rows.append((run, f"iteration {number}", cells))
-    if not rows and not problems:
-        raise PlotError(f"no picture in trajectory/ of {name_folders(runs)} can be read")
-    if not rows:
-        raise PlotError("; ".join(problems))
-    for problem in problems:
-        say(f"skipped: {problem}")
-    return draw_rows(rows, 'denoising "elephant"')
-
-
 # --------------------------------------------------------------------------------------------------
-# the commands
+# the report and the commands
 
 
-@dataclass
-class Command:
-    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """run folders, or folders that contain run folders"""
+def make_report(folder: tyro.conf.Positional[Path] = Path("results")) -> str:
+    """Every published table: folder/tables.txt, with a table below each of its commands."""
+    text = ""
+    for line in (folder / "tables.txt").read_text(encoding="utf-8").split("\n"):
+        if not line.startswith("python plot.py table "):
+            text += f"{line}\n"
+            continue
+        words = []
+        for word in shlex.split(line)[3:]:
+            paths = sorted(glob.glob(word, root_dir=folder.parent))
+            words += [str(folder.parent / path) for path in paths] or [word]
+        text += f"```bash\n{line}\n```\n\n{tyro.cli(make_tables, args=words)}"
+    return text
 
 
-@dataclass
-class FigureCommand(Command):
-    out: Path = Path("figure.png")
-    """file to write, .png or .pdf"""
+COMMANDS = {
+    "table": make_tables,
+    "contrast": draw_contrast,
+    "curves": draw_curves,
+    "pictures": draw_pictures,
+    "report": make_report,
+}
 
 
-@dataclass
-class TableCommand(Command):
-    out: Path | None = None
-    """file to write, .md or .csv; without it the table is printed as Markdown"""
-    iteration: int | None = None
-    """the evaluation to report; without it each run's last one"""
-
-
-@dataclass
-class Curves(FigureCommand):
-    """Figures 3 and 3b: reward against reward queries, mean over seeds with its spread."""
-
-    x: Literal["samples", "iteration", "minutes"] = "samples"
-    """samples: reward queries; minutes: of sampling, reward and training"""
-    metric: str = "eval_reward"
-    """column of metrics.csv; where no run was evaluated, reward_mean takes eval_reward's place"""
-    smooth: int = 10
-    """columns of training (all but eval_*) are the mean of this many last iterations; 1: as is"""
-
-
-@dataclass
-class Tradeoff(FigureCommand):
-    """Reward against CLIP score, a mean path per setting, and the early-stopped baseline's."""
-
-    x: Literal["eval_align", "kl_ref"] = "eval_align"
-    """the CLIP score, or the KL to the pretrained model"""
-    baseline: str = "ddpo_is"
-    """script, or label as in the legend, of the path to beat"""
-
-
-@dataclass
-class Equal(TableCommand):
-    """CLIP score at equal reward: each run minus the early-stopped baseline of the same seed."""
-
-    baseline: str = "ddpo_is"
-    """script, or label as in the table, that the others are compared with"""
-
-
-@dataclass
-class Compare(TableCommand):
-    """A column of metrics.csv minus that of the baseline's run of the same seed and iteration."""
-
-    baseline: str = "ddpo_is"
-    """script, or label as in the table, that the others are compared with"""
-    metric: str = "eval_reward"
-    """column of metrics.csv"""
-
-
-@dataclass
-class Gain(TableCommand):
-    """A column of metrics.csv minus that of the same run at iteration 0, the pretrained model."""
-
-    metric: str = "eval_reward"
-    """column of metrics.csv"""
-
-
-@dataclass
-class Table(TableCommand):
-    """First and last evaluation of each setting, mean +- standard deviation over seeds."""
-
-
-@dataclass
-class Progress(FigureCommand):
-    """Figures 1 and 2: fixed prompts and noise over training, a row per run and prompt."""
-
-    columns: int = 6
-    """pictures in a row"""
-    prompt_index: tuple[int, ...] = (0,)
-    """which of the fixed prompts, from 0"""
-
-
-@dataclass
-class Trajectory(FigureCommand):
-    """Figures 4 and 5: "elephant" while it is denoised, a row per run and iteration."""
-
-    iteration: tuple[int, ...] = ()
-    """iterations to show; without it each run's last one"""
-
-
-COMMANDS = Curves | Tradeoff | Equal | Compare | Gain | Table | Progress | Trajectory
-
-
-def check_flags(command):
-    """Refuse what no command can use, before any work is done."""
-    endings = (".md", ".csv") if isinstance(command, TableCommand) else (".png", ".pdf")
-    if command.out is not None and command.out.suffix not in endings:
-        raise PlotError(f"--out {command.out}: must end in {' or '.join(endings)}")
-    if isinstance(command, Curves) and command.smooth < 1:
-        raise PlotError(f"--smooth {command.smooth}: must be 1 or greater")
-    if isinstance(command, Progress) and command.columns < 1:
-        raise PlotError(f"--columns {command.columns}: must be 1 or greater")
-
-
-def make_output(command):
-    """The Figure of a command, or the rows of its table."""
-    runs = load_runs(command.runs)
-    if isinstance(command, Curves):
-        return draw_curves(runs, command.x, command.metric, command.smooth)
-    if isinstance(command, Tradeoff):
-        return draw_tradeoff(runs, command.x, command.baseline)
-    if isinstance(command, Equal):
-        return make_equal_table(runs, command.baseline, command.iteration)
-    if isinstance(command, Compare):
-        return make_compare_table(runs, command.baseline, command.metric, command.iteration)
-    if isinstance(command, Gain):
-        return make_gain_table(runs, command.metric, command.iteration)
-    if isinstance(command, Table):
-        return make_table(runs, command.iteration)
-    if isinstance(command, Progress):
-        return draw_progress(runs, command.columns, command.prompt_index)
-    return draw_trajectory(runs, command.iteration)
-
-
-def write_output(output, out):
-    """Write the file; a table without one is printed."""
-    if out is None:
-        print(to_markdown(output), end="")
-        return
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.suffix == ".md":
-            out.write_text(to_markdown(output), encoding="utf-8")
-        elif out.suffix == ".csv":
-            out.write_text(to_csv(output), encoding="utf-8")
-        else:
-            output.savefig(out)
-    except OSError as error:
-        raise PlotError(f"--out {out}: {error}") from None
-    print(out)
-
-
-def main(command):
-    """Run a parsed command."""
-    try:
-        check_flags(command)
-        output = make_output(command)
-        write_output(output, command.out)
-    except PlotError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def main(args=None):
+    text = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=args, description=__doc__)
+    if text is not None:
+        print(text, end="")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(COMMANDS, description=__doc__))
+    sys.stdout.reconfigure(encoding="utf-8")
+    main()
