@@ -19,10 +19,9 @@ of eval_reward since iteration 0, g_c and g_i in kB,
     contrast = (g_c + g_i) / 2      what the reward did
     drift    = (g_c - g_i) / 2      what happened with either reward; above 0 the files shrink
 
-Intervals are 95 % t intervals over seeds, from three seeds on. Two settings are compared by the
-differences of the same seeds before iteration 100 and at equal contrast, and by Welch's interval
-over all runs from iteration 100 on, where a seed no longer fixes much. A mean is bold if its
-interval excludes 0.
+Intervals are 95 % t intervals over seeds, from three seeds on; a mean is bold if its interval
+excludes 0. Two settings are compared by the differences of the same seeds before iteration 100 and
+at equal contrast, and later by Welch's interval over all runs, as a seed then fixes little.
 """
 
 import csv
@@ -36,7 +35,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -58,24 +57,17 @@ NAMES = {
 # flags that the name of a setting leaves out at these values
 DEFAULTS = {
     "prompts": "animals",
-    "num_samples": 16,
     "num_steps": 50,
-    "guidance_scale": 5.0,
     "num_updates": 2,
     "clip_range": 1e-4,
     "kl": "exact",
     "kl_coef": 0.01,
     "beta": 10.0,
-    "quantile": 0.9,
-    "threshold": None,
-    "samples_per_prompt": 4,
 }
 ONE_UPDATE = ("ddpo_sf", "rwr", "rwr_sparse")  # by default
 # flags that tell the runs of a setting apart, or change speed and memory only
-NOT_NAMED = (
-    "reward seed iterations out resume save_every track device micro_batch gradient_checkpointing "
-    "compile"
-).split()
+NOT_NAMED = "reward seed iterations out resume save_every track".split()
+NOT_NAMED += "device micro_batch gradient_checkpointing compile".split()
 # colours of Okabe and Ito and of Tol, which colour-blind readers can tell apart too
 LOOKS = {
     "DDPO-SF, lr 1e-4": ("#E69F00", "o"),
@@ -96,9 +88,11 @@ COLUMNS = {
     "contrast": ("contrast (kB)", 3),
     "drift": ("drift (kB)", 3),
     "eval_align": ("CLIP score", 1),
+    "align_gain": ("CLIP gain", 1),
     "eval_top1": ("top-1", 2),
     "kl_ref": ("KL (nats)", 0),
 }
+GAINS = {"eval_reward": "gain", "eval_align": "align_gain"}  # since iteration 0
 # for what matplotlib's own font lacks, Chinese prompts for instance
 FONTS = ["Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Hiragino Sans", "SimHei"]
 rcParams["font.family"] = ["DejaVu Sans", *(set(FONTS) & set(get_font_names()))]
@@ -108,12 +102,7 @@ rcParams["grid.alpha"] = 0.3
 rcParams["legend.frameon"] = False
 rcParams["savefig.dpi"] = 160
 
-RunPaths = Annotated[
-    tuple[Path, ...],
-    tyro.conf.Positional,
-    tyro.conf.arg(name="runs", help="run folders, or folders that contain run folders"),
-]
-Out = Annotated[Path, tyro.conf.arg(help="file to write")]
+RunPaths = tyro.conf.Positional[tuple[Path, ...]]
 
 
 @dataclass
@@ -126,7 +115,7 @@ class Run:
     """the reward in one spelling; "both" for a pair"""
     args: dict
     rows: list
-    """of metrics.csv, {column: number}; "gain" is that of eval_reward since iteration 0"""
+    """of metrics.csv, {column: number}, with GAINS; blank cells are left out"""
     label: str = ""
     """the full name of its setting, set by label_runs"""
 
@@ -134,19 +123,23 @@ class Run:
         """{iteration: row} of the rows that have all of these columns."""
         return {row["iteration"]: row for row in self.rows if row.keys() >= set(columns)}
 
+    def best_contrast(self):
+        return max(row["contrast"] for row in self.rows)
 
-# --------------------------------------------------------------------------------------------------
-# reading runs
+
+# ---- reading runs --------------------------------------------------------------------------------
 
 
 def load_runs(paths):
     """The runs in run folders and in folders of them, each once: SF, IS, ISKL, RWR, then others."""
     folders = {}
     for path in paths:
-        found = find_run_folders(path)
+        # unlike Path.rglob, this follows links
+        found = glob.glob(f"{glob.escape(str(path))}/**/metrics.csv", recursive=True)
         if not found:
             sys.exit(f"{path}: no run folder here")
-        for folder in found:
+        for file in sorted(found):
+            folder = Path(file).parent
             folders.setdefault(folder.resolve(), folder)
 
     runs = []
@@ -162,19 +155,6 @@ def load_runs(paths):
     return runs
 
 
-def find_run_folders(path):
-    """The folders at or below a path with args.json and metrics.csv. Follows links."""
-    found = []
-    seen = set()
-    for folder, subfolders, files in os.walk(path, followlinks=True):
-        if os.path.realpath(folder) in seen:  # a link to a folder above
-            subfolders.clear()
-        elif "args.json" in files and "metrics.csv" in files:
-            found.append(Path(folder))
-        seen.add(os.path.realpath(folder))
-    return sorted(found)
-
-
 def load_run(folder):
     metadata = json.loads((folder / "args.json").read_text(encoding="utf-8"))
     args = dict(metadata["args"])
@@ -187,8 +167,9 @@ def load_run(folder):
     if "kl_ref" in rows[-1]:
         rows[0]["kl_ref"] = 0.0  # of the pretrained model to itself
     for row in rows:
-        if "eval_reward" in row:
-            row["gain"] = row["eval_reward"] - rows[0]["eval_reward"]
+        for name, gain in GAINS.items():
+            if name in row:
+                row[gain] = row[name] - rows[0][name]
     return Run(folder, metadata["script"], name_task(args["reward"]), args, rows)
 
 
@@ -230,18 +211,14 @@ def label_runs(runs):
         for flag, value in run.args.items():
             values.setdefault((run.script, flag), set()).add(show_flag(value))
     for run in runs:
-        run.label = NAMES.get(run.script, run.script)
-        if run.args.get("center_weights"):
-            run.label += ", centred weights"
-        run.label += f", lr {show_flag(run.args['lr'])}"
+        centred = ", centred weights" if run.args.get("center_weights") else ""
+        run.label = f"{NAMES.get(run.script, run.script)}{centred}, lr {show_flag(run.args['lr'])}"
         for flag in sorted(run.args.keys() - {"center_weights", "lr", *NOT_NAMED}):
             value = run.args[flag]
-            is_named = len(values[run.script, flag]) > 1
+            default = DEFAULTS.get(flag)
             if flag == "num_updates" and run.script in ONE_UPDATE:
-                is_named = value != 1
-            elif flag in DEFAULTS:
-                is_named = value != DEFAULTS[flag]
-            if is_named:
+                default = 1
+            if value != default and (flag in DEFAULTS or len(values[run.script, flag]) > 1):
                 run.label += f", {flag.replace('_', ' ')} {show_flag(value)}"
 
 
@@ -265,17 +242,15 @@ def group_runs(runs):
 
 
 def make_pairs(runs):
-    """A Run for each setting and seed with both JPEG rewards; its columns are named in the loop.
-
-    A user's my.py:compress and my.py:incompress make pairs of the task "my.py:both".
-    """
+    """A Run for each setting and seed with both JPEG rewards, or with a user's my.py:compress."""
     groups = group_runs(runs)
     pairs = []
     for (task, label), seeds in groups.items():
         prefix = task.removesuffix("compress")
         partners = groups.get((f"{prefix}incompress", label), {})
-        for seed in seeds.keys() & partners.keys():
-            run = seeds[seed]
+        for seed, run in seeds.items():
+            if seed not in partners:
+                continue
             compress = run.evaluations("gain")
             incompress = partners[seed].evaluations("gain")
             rows = []
@@ -285,14 +260,16 @@ def make_pairs(runs):
                 row = {"iteration": iteration, "samples": first["samples"]}
                 row["contrast"] = (first["gain"] + second["gain"]) / 2
                 row["drift"] = (first["gain"] - second["gain"]) / 2
-                for name in {"eval_align", "eval_top1"} & first.keys() & second.keys():
+                for name in (
+                    {"eval_align", "align_gain", "eval_top1"} & first.keys() & second.keys()
+                ):
                     row[name] = (first[name] + second[name]) / 2
                 rows.append(row)
             pairs.append(Run(run.folder, run.script, f"{prefix}both", run.args, rows, label))
     return pairs
 
 
-def stop_at_contrast(pair, contrast, column):
+def stop_at(pair, contrast, column):
     """A column where both runs are stopped as their contrast first reaches this; NaN if never.
 
     Linear between the evaluations that set a new best contrast.
@@ -303,13 +280,10 @@ def stop_at_contrast(pair, contrast, column):
         if not best or row["contrast"] > best[-1]:
             best.append(row["contrast"])
             values.append(row[column])
-    if not best:
-        return np.nan * contrast
-    return np.interp(contrast, best, values, right=np.nan)
+    return np.interp(contrast, best or [0], values or [np.nan], right=np.nan)
 
 
-# --------------------------------------------------------------------------------------------------
-# intervals
+# ---- intervals -----------------------------------------------------------------------------------
 
 
 @cache
@@ -362,78 +336,94 @@ def compare(values, baseline, paired):
     if not paired:
         count = f"{len(values)} and {len(baseline)}"
         return welch_interval(list(values.values()), list(baseline.values())), count
-    common = values.keys() & baseline.keys()
-    differences = [values[seed] - baseline[seed] for seed in common]
-    return mean_interval(differences), f"{len(common)} paired"
+    differences = [values[seed] - baseline[seed] for seed in values if seed in baseline]
+    return mean_interval(differences), f"{len(differences)} paired"
 
 
-# --------------------------------------------------------------------------------------------------
-# tables
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def make_tables(
-    runs: RunPaths,
+    runs: RunPaths = (Path("runs"),),
     iteration: tuple[int, ...] = (),
+    contrast: tuple[float, ...] = (),
     baseline: str | None = None,
-    contrast: float | None = None,
 ) -> str:
     """Markdown tables of settings by task, then of pairs.
 
     Args:
         iteration: the evaluations to report; by default the last one that all of the runs have
-        baseline: a script, or the full name of a setting: the tables show differences to it
         contrast: in kB: pairs as they first reach it, both runs stopped at once. A setting of
             which one pair never reaches it has no value there, and no difference
+        baseline: differences to it: a setting (its script is enough if it has only one), or a task
     """
     loaded = load_runs(runs)
     pairs = make_pairs(loaded)
-    if baseline is not None:
+    if baseline is not None and baseline not in {run.task for run in loaded}:
         chosen = {run.label for run in loaded if baseline in (run.script, run.label)}
         if len(chosen) != 1:
             known = "; ".join(sorted({run.label for run in loaded}))
             sys.exit(f"--baseline {baseline} is {len(chosen)} settings of these: {known}")
         baseline = chosen.pop()
-    if contrast is not None:
-        return to_markdown(make_contrast_rows(pairs, contrast, baseline))
 
-    if not iteration:
+    if contrast:
+        tables = [make_rows(pairs, contrast, baseline, stop_pairs)]
+    else:
         common = set.intersection(*[set(run.evaluations("gain")) for run in loaded])
-        if max(common, default=0) == 0:
+        iterations = iteration or (max(common, default=0),)
+        if iterations == (0,):
             sys.exit("the runs have no evaluation but the first in common: use --iteration")
-        iteration = (int(max(common)),)
-    tables = [make_rows(loaded, iteration, baseline), make_rows(pairs, iteration, baseline)]
-    if not tables[0]:
-        sys.exit("no run was evaluated there, or none that the baseline can be compared with")
+        tables = [make_rows(kind, iterations, baseline, read_columns) for kind in (loaded, pairs)]
+    if not any(tables):
+        sys.exit("no run was evaluated there, or none that can be compared")
     return "\n".join(to_markdown(rows) for rows in tables if rows)
 
 
-def make_rows(runs, iterations, baseline):
-    """A row per task, iteration and setting; with a baseline, differences to it."""
+def make_rows(runs, points, baseline, read):
+    """A row per task, point and setting, {title: text}; with a baseline, differences to it."""
     groups = group_runs(runs)
+    tasks = [task for task, _ in groups]
+    is_contrast = read is stop_pairs
+    point_title = "at contrast" if is_contrast else "iteration"
     title = "setting" if baseline is None else f"setting, minus {baseline}"
     rows = []
-    for iteration in iterations:
+    for point in points:
         for (task, label), seeds in groups.items():
-            values = read_columns(seeds, iteration)
-            others = read_columns(groups.get((task, baseline), {}), iteration)
-            row = {"task": task, title: label, "iteration": str(iteration)}
+            values = read(seeds, point)
+            partner = (baseline, label) if baseline in tasks else (task, baseline)
+            others = read(groups.get(partner, {}), point)
+            row = {"task": task, title: label, point_title: f"{point:g}"}
             if baseline is None and values["samples"]:
-                rows.append(row | show_values(values))
-            elif values["samples"] and others["samples"] and label != baseline:
-                rows.append(row | show_differences(values, others, iteration < 100))
+                row |= show_values(values)
+            elif values["samples"] and others["samples"] and partner != (task, label):
+                row |= show_differences(values, others, is_contrast or point < 100)
+            else:
+                continue
+            if is_contrast:
+                missing = [str(seed) for seed in seeds if math.isnan(values["samples"][seed])]
+                row["not reached by seed"] = ", ".join(missing) or "-"
+                largest = min(pair.best_contrast() for pair in seeds.values())
+                row["all reach (kB)"] = f"{largest:.3f}"
+            rows.append(row)
     return sorted(rows, key=lambda row: row["task"])
 
 
 def read_columns(seeds, iteration):
     """{column: {seed: number}} at one iteration; a column that not all seeds have is empty."""
-    columns = {}
-    chosen = {}
-    for seed, run in seeds.items():
-        if iteration in run.evaluations("samples"):
-            chosen[seed] = run.evaluations("samples")[iteration]
+    found = {seed: run.evaluations("samples").get(iteration) for seed, run in seeds.items()}
+    chosen = {seed: row for seed, row in found.items() if row is not None}
+    columns = dict.fromkeys(COLUMNS, {})
     for name in COLUMNS:
-        values = {seed: row[name] for seed, row in chosen.items() if name in row}
-        columns[name] = values if len(values) == len(chosen) else {}
+        if all(name in row for row in chosen.values()):
+            columns[name] = {seed: row[name] for seed, row in chosen.items()}
+    return columns
+
+
+def stop_pairs(seeds, contrast):
+    """{column: {seed: number}} as pairs first reach a contrast, NaN if one never does."""
+    columns = dict.fromkeys(COLUMNS, {})
+    for name in ("samples", "eval_align", "align_gain", "eval_top1"):
+        columns[name] = {seed: stop_at(pair, contrast, name) for seed, pair in seeds.items()}
     return columns
 
 
@@ -442,7 +432,7 @@ def show_values(values):
     cells = {"n": str(len(values["samples"]))}
     for name, (title, decimals) in COLUMNS.items():
         numbers = list(values[name].values())
-        if name in ("gain", "contrast", "drift"):
+        if name in ("gain", "contrast", "drift", "align_gain"):
             cells[title] = show_interval(mean_interval(numbers), decimals)
         else:
             cells[title] = show_spread(numbers, decimals)
@@ -451,57 +441,18 @@ def show_values(values):
 
 def show_differences(values, others, paired):
     """The cells of one setting minus another. values, others: {column: {seed: number}}"""
-    cells = {}
-    _, cells["n"] = compare(values["samples"], others["samples"], paired)
+    logs = []
+    for side in (values, others):
+        logs.append({seed: math.log(queries) for seed, queries in side["samples"].items()})
+    interval, count = compare(*logs, paired)
+    cells = {"n": count, "times its queries": "-"}
+    if interval[0] != 0:
+        cells["times its queries"] = show_interval(np.exp(interval), 2, sign="", null=1)
     for name, (title, decimals) in COLUMNS.items():
-        if name not in ("samples", "eval_reward"):  # rewards differ as their gains do
+        if name not in ("samples", "eval_reward", "eval_align"):  # they differ as their gains do
             interval, _ = compare(values[name], others[name], paired)
             cells[title] = show_interval(interval, decimals)
     return cells
-
-
-def make_contrast_rows(pairs, contrast, baseline):
-    """A row per setting at the same contrast; with a baseline also the differences to it."""
-    groups = group_runs(pairs)
-    rows = []
-    for (task, label), seeds in groups.items():
-        stops = stop_pairs(seeds, contrast)
-        missing = [str(seed) for seed in seeds if math.isnan(stops["samples"][seed])]
-        row = {"task": task, "setting": label, "contrast (kB)": f"{contrast:g}"}
-        row["n"] = str(len(seeds))
-        row["not reached by seed"] = ", ".join(missing) or "-"
-        row["all reach"] = f"{largest_contrast(seeds):.3f}"
-        for name, values in stops.items():
-            title, decimals = COLUMNS[name]
-            row[title] = show_spread(list(values.values()), decimals)
-
-        if baseline is not None:
-            others = stop_pairs(groups.get((task, baseline), {}), contrast)
-            logs = [
-                {s: math.log(q) for s, q in stop["samples"].items()} for stop in (stops, others)
-            ]
-            interval, row["compared"] = compare(*logs, paired=True)
-            ratio, low, high = np.exp(interval)
-            row["times its queries"] = f"{ratio:.2f} ({low:.2f} to {high:.2f})"
-            for name in ("eval_align", "eval_top1"):
-                title, decimals = COLUMNS[name]
-                interval, _ = compare(stops[name], others[name], paired=True)
-                row[f"{title}, minus that of {baseline}"] = show_interval(interval, decimals)
-        rows.append(row)
-    return rows
-
-
-def stop_pairs(seeds, contrast):
-    """{column: {seed: number}} as pairs first reach a contrast. seeds: {seed: pair}"""
-    stops = {}
-    for name in ("samples", "eval_align", "eval_top1"):
-        stops[name] = {seed: stop_at_contrast(pair, contrast, name) for seed, pair in seeds.items()}
-    return stops
-
-
-def largest_contrast(seeds):
-    """The largest that all of these pairs reach. seeds: {seed: pair}"""
-    return min(max(row["contrast"] for row in pair.rows) for pair in seeds.values())
 
 
 def show_spread(numbers, decimals):
@@ -514,14 +465,14 @@ def show_spread(numbers, decimals):
     return text
 
 
-def show_interval(interval, decimals):
-    """ "**+0.203** (+0.101 to +0.304)", bold if 0 is outside."""
-    mean, low, high = [f"{number:+,.{decimals}f}" for number in interval]
+def show_interval(interval, decimals, sign="+", null=0):
+    """ "**+0.203** (+0.101 to +0.304)", bold if it excludes the value without a difference."""
+    mean, low, high = [f"{number:{sign},.{decimals}f}" for number in interval]
     if math.isnan(interval[0]):
         return "-"
     if math.isnan(interval[1]):
         return mean
-    if interval[1] > 0 or interval[2] < 0:
+    if not interval[1] <= null <= interval[2]:
         mean = f"**{mean}**"
     return f"{mean} ({low} to {high})"
 
@@ -535,8 +486,7 @@ def to_markdown(rows):
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-# --------------------------------------------------------------------------------------------------
-# figures of numbers
+# ---- figures of numbers --------------------------------------------------------------------------
 
 
 def choose_looks(runs):
@@ -550,22 +500,21 @@ def choose_looks(runs):
     return looks
 
 
-def draw_mean(ax, label, look, x, y):
-    """The mean of the seeds' curves and its interval. x, y: (seeds, P)"""
-    x = np.mean(x, axis=0)
-    mean, low, high = np.array([mean_interval(numbers) for numbers in np.transpose(y)]).T
-    ax.plot(x, mean, label=f"{label} (n = {len(y)})", markevery=math.ceil(len(x) / 20), **look)
-    if (np.diff(x) > 0).all():  # not along a path that turns
+def draw_mean(ax, label, look, xs, ys):
+    """The mean of the seeds' curves and its interval. xs, ys: (seeds, P)"""
+    x = np.mean(xs, axis=0)
+    mean, low, high = np.array([mean_interval(numbers) for numbers in np.transpose(ys)]).T
+    ax.plot(x, mean, label=f"{label} (n = {len(ys)})", markevery=math.ceil(len(x) / 20), **look)
+    if np.ptp(xs, axis=0).max() == 0:  # seeds differ in y only
         ax.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
     return mean[-1]
 
 
 def read_curves(seeds, x, y, last=None):
-    """Two columns at the iterations at which all seeds have both: (seeds, P) each."""
+    """Two columns at the iterations for which all seeds have both: (seeds, P) each."""
     found = [run.evaluations(x, y) for run in seeds.values()]
     common = sorted(set.intersection(*[set(rows) for rows in found]))
-    if last is not None:
-        common = [iteration for iteration in common if iteration <= last]
+    common = [iteration for iteration in common if last is None or iteration <= last]
     columns = []
     for name in (x, y):
         columns.append(np.array([[rows[k][name] for k in common] for rows in found]))
@@ -573,8 +522,8 @@ def read_curves(seeds, x, y, last=None):
 
 
 def draw_curves(
-    runs: RunPaths,
-    out: Out = Path("curves.png"),
+    runs: RunPaths = (Path("runs"),),
+    out: Path = Path("curves.png"),
     metric: tuple[str, ...] = ("eval_reward",),
     x: str = "samples",
     limits: tuple[float, float] | None = None,
@@ -610,28 +559,29 @@ def draw_curves(
                 ys = abs(ys)
             end = draw_mean(ax, label, looks[label], xs, ys)
             ax.set(title=task, xlabel=COLUMNS.get(x, (x,))[0], ylabel=title)
-            if x == "kl_ref":  # 0 at the start, then hundreds to hundreds of thousands
-                ax.set_xscale("symlog", linthresh=100)
-                ax.xaxis.set_major_formatter("{x:,.0f}")
             if limits is not None and name == metric[0]:
                 ax.set_ylim(limits)
                 if not limits[0] <= end <= limits[1]:
                     beyond.setdefault(ax, []).append(f"{label}: {end:.2f} at the end")
     for ax, lines in beyond.items():
         ax.text(0.97, 0.97, "\n".join(lines), ha="right", va="top", transform=ax.transAxes)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
+    handles = {}
+    for ax in figure.axes:
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels())))
     note = "mean over n seeds, band: 95 % interval"
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, title=note)
-    save(figure, out)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, title=note)
+    figure.savefig(out)
+    print(out)
 
 
-def draw_contrast(runs: RunPaths, out: Out = Path("contrast.png")) -> None:
-    """Contrast and drift against reward queries, and the CLIP score at equal contrast.
+def draw_contrast(runs: RunPaths = (Path("runs"),), out: Path = Path("contrast.png")) -> None:
+    """Contrast and drift against reward queries, and the CLIP score against contrast.
 
-    The latter is that of pairs as they first reach a contrast, both runs stopped at once, up to the
-    largest contrast that all seeds of the setting reach.
+    The latter when pairs first reach a contrast, up to the largest that all seeds reach.
     """
     pairs = make_pairs(load_runs(runs))
+    if not pairs:
+        sys.exit("no setting and seed has runs of both compress and incompress")
     looks = choose_looks(pairs)
     figure = Figure(figsize=(9.6, 7), layout="constrained")
     panels = figure.subplots(2, 2)
@@ -639,30 +589,24 @@ def draw_contrast(runs: RunPaths, out: Out = Path("contrast.png")) -> None:
         for name, ax in zip(("contrast", "drift"), panels[0]):
             draw_mean(ax, label, looks[label], *read_curves(seeds, "samples", name))
             ax.set(xlabel="reward queries", ylabel=COLUMNS[name][0])
-        levels = np.linspace(0, largest_contrast(seeds), 41)
-        scores = [stop_at_contrast(pair, levels, "eval_align") for pair in seeds.values()]
+        levels = np.linspace(0, min(pair.best_contrast() for pair in seeds.values()), 41)
+        scores = [stop_at(pair, levels, "eval_align") for pair in seeds.values()]
         draw_mean(panels[1, 0], label, looks[label], [levels], scores)
     panels[1, 0].set(xlabel="contrast (kB)", ylabel="CLIP score as it is first reached")
     panels[1, 1].set_axis_off()
     handles, labels = panels[0, 0].get_legend_handles_labels()
     note = "mean over n seeds (pairs of runs), 95 % interval"
     panels[1, 1].legend(handles, labels, loc="center", title=note)
-    save(figure, out)
-
-
-def save(figure, out):
-    out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
     print(out)
 
 
-# --------------------------------------------------------------------------------------------------
-# figures of pictures
+# ---- figures of pictures -------------------------------------------------------------------------
 
 
 def draw_pictures(
-    runs: RunPaths,
-    out: Out = Path("pictures.png"),
+    runs: RunPaths = (Path("runs"),),
+    out: Path = Path("pictures.png"),
     across: Literal["iterations", "prompts", "steps"] = "iterations",
     iteration: tuple[int, ...] = (),
     prompt: tuple[int, ...] = (),
@@ -676,81 +620,71 @@ def draw_pictures(
             one of each run where a row has prompts or steps
         prompt: which of the fixed prompts, from 0; by default the first, or the first eight
     """
-    rows = []
     loaded = load_runs(runs)
     kind = "trajectory" if across == "steps" else "images"
-    paths = [list_pictures(run, kind) for run in loaded]
-    if across == "iterations":
-        found = sorted(paths[0])
-        spread = np.linspace(0, len(found) - 1, min(6, len(found))).round().astype(int)
-        for run in loaded:
-            for index in prompt or (0,):
-                rows.append(read_progress(run, iteration or [found[i] for i in spread], index))
-    elif across == "prompts":
-        start = loaded[paths.index(min(paths, key=min))]
-        rows.append(read_evaluation(start, 0, prompt or range(8), "pretrained"))
-    for run, own in zip(loaded, paths):
-        for number in iteration or [max(own)]:
-            if across == "prompts":
-                rows.append(read_evaluation(run, number, prompt or range(8), run.label))
-            elif across == "steps":
-                rows.append(read_strip(run, number))
-    save(draw_rows(rows), out)
+    found = [list_pictures(run, kind) for run in loaded]
+    spread = np.linspace(0, len(found[0]) - 1, 6).round().astype(int)
+    chosen = prompt or range(8 if across == "prompts" else 1)
+    rows = []
+    if across == "prompts":
+        start = loaded[found.index(min(found))]
+        rows.append(read_row(start, 0, "pretrained", kind, chosen))
+    for run, own in zip(loaded, found):
+        if across == "iterations":
+            shown = iteration or [found[0][i] for i in np.unique(spread)]
+            rows += [read_progress(run, shown, index) for index in chosen]
+        else:
+            indices = chosen if across == "prompts" else range(6)
+            shown = iteration or own[-1:]
+            rows += [read_row(run, number, run.label, kind, indices) for number in shown]
+    draw_rows(rows).savefig(out)
+    print(out)
 
 
 def list_pictures(run, kind):
-    """{iteration: path} of a run's pictures in images/ or trajectory/."""
-    return {int(path.stem): path for path in (run.folder / kind).glob("*.png")}
+    """The iterations of the pictures in images/ or trajectory/."""
+    return sorted(int(path.stem) for path in (run.folder / kind).glob("*.png"))
 
 
-def read_picture(run, kind, iteration):
-    with Image.open(list_pictures(run, kind)[iteration]) as picture:
-        return np.asarray(picture.convert("RGB"))
-
-
-def read_grid(run, iteration):
-    """[(prompt, picture), ...] of the first of the two lines of a grid; pictures are squares."""
-    grid = read_picture(run, "images", iteration)
-    line = grid[: len(grid) // 2]
-    count = round(line.shape[1] / len(line))  # large grids were scaled down
-    prompts = read_prompts(run) or [f"prompt {i}" for i in range(count)]
-    # spread over the list, as in the scripts' evaluate
-    chosen = np.linspace(0, len(prompts) - 1, count).astype(int)
-    names = [prompts[i][:24] for i in chosen]
-    return list(zip(names, np.array_split(line, count, axis=1)))
+def read_grid(run, iteration, kind):
+    """[(caption, picture), ...] of the first line of a grid, or of a strip of denoising steps."""
+    with Image.open(run.folder / kind / f"{iteration:04d}.png") as picture:
+        line = np.asarray(picture.convert("RGB"))
+    if kind == "trajectory":  # the steps of Figure 4
+        parts = np.arange(6) * run.args["num_steps"] // 5
+        captions = [f"step {max(1, part) - 1}" for part in parts]
+    else:
+        line = line[: len(line) // 2]
+        count = round(line.shape[1] / len(line))  # squares; large grids were scaled down
+        prompts = read_prompts(run) or [f"prompt {i}" for i in range(count)]
+        # spread over the list, as in the scripts' evaluate
+        spread = np.linspace(0, len(prompts) - 1, count).astype(int)
+        captions = [prompts[i][:24] for i in spread]
+    return list(zip(captions, np.array_split(line, len(captions), axis=1)))
 
 
 def read_progress(run, iterations, index):
     """One prompt and noise over training; an iteration without a grid stays blank."""
     cells = []
+    name = f"prompt {index}"
     for iteration in iterations:
         picture = None
         if iteration in list_pictures(run, "images"):
-            name, picture = read_grid(run, iteration)[index]
+            name, picture = read_grid(run, iteration, "images")[index]
         cells.append((f"iteration {iteration}", picture))
     return run.label, [run.task, f"seed {run.args['seed']}", name], cells
 
 
-def read_evaluation(run, iteration, indices, label):
-    """Prompts at one iteration, with its JPEG size and CLIP score."""
-    grid = read_grid(run, iteration)
-    row = run.evaluations("eval_reward")[iteration]
-    lines = [run.task, f"seed {run.args['seed']}"]
+def read_row(run, iteration, label, kind, indices):
+    """Pictures of one evaluation, with its JPEG size and CLIP score."""
+    evaluation = run.evaluations("eval_reward")[iteration]
+    lines = [run.task, f"seed {run.args['seed']}", f"iteration {iteration}"]
     if run.task.endswith("compress"):
-        lines.append(f"{abs(row['eval_reward']):.2f} kB")
-    if "eval_align" in row:
-        lines.append(f"CLIP {row['eval_align']:.1f}")
+        lines.append(f"{abs(evaluation['eval_reward']):.2f} kB")
+    if "eval_align" in evaluation:
+        lines.append(f"CLIP {evaluation['eval_align']:.1f}")
+    grid = read_grid(run, iteration, kind)
     return label, lines, [grid[i] for i in indices]
-
-
-def read_strip(run, iteration):
-    """The six steps of "elephant" that Figure 4 shows."""
-    num_steps = run.args["num_steps"]
-    steps = [0] + [max(1, part * num_steps // 5) - 1 for part in range(1, 6)]
-    captions = [f"step {step}" for step in steps]
-    strip = read_picture(run, "trajectory", iteration)
-    cells = list(zip(captions, np.array_split(strip, 6, axis=1)))
-    return run.label, [run.task, f"seed {run.args['seed']}", f"iteration {iteration}"], cells
 
 
 def draw_rows(rows):
@@ -780,8 +714,7 @@ def draw_rows(rows):
     return figure
 
 
-# --------------------------------------------------------------------------------------------------
-# the report and the commands
+# ---- the report and the commands -----------------------------------------------------------------
 
 
 def make_report(folder: tyro.conf.Positional[Path] = Path("results")) -> str:
