@@ -383,31 +383,40 @@ def evaluate(name, fn, images, prompts):
     return values
 
 
-def load_alignment(spec, device="cpu", clip_folder=None):
-    """CLIP score as an evaluation metric: fn(images, prompts, names) -> (scores, is_top1).
+def load_metrics(spec, device="cpu", clip_folder=None):
+    """Evaluation metrics: measure(rewards, images, prompts, names) -> {column: float}.
 
-    scores is 100 x the cosine of picture and prompt. is_top1 says whether the prompt has the
-    largest cosine of all `names`, a list that contains every prompt. The model is in clip_folder,
-    or that of the rewards in `spec`. Returns None without these: it never downloads.
+    eval_reward and its standard error; eval_diversity, the mean distance of the two halves of
+    `images`, which show the same prompts; eval_align, 100 x the cosine of picture and prompt;
+    eval_top1, how often the prompt has the largest cosine of all `names`, which contain it. The
+    last two need the CLIP in clip_folder or that of a reward in `spec`: nothing is downloaded.
     """
-    if not os.path.isdir(clip_folder or ""):
+    has_clip = os.path.isdir(clip_folder or "")
+    if not has_clip and {name for _, name in parse(spec)} & {"clip", "aesthetic"}:
         from huggingface_hub import try_to_load_from_cache
 
-        uses_clip = {name for _, name in parse(spec)} & {"clip", "aesthetic"}
-        if not uses_clip or not isinstance(try_to_load_from_cache(*CLIP_L), str):
-            return None
-    embed_images, embed_texts = load_clip(device, clip_folder)
-    embed_names = cache(embed_texts)  # the names of a run stay the same
+        has_clip = isinstance(try_to_load_from_cache(*CLIP_L), str)
+    if has_clip:
+        embed_images, embed_texts = load_clip(device, clip_folder)
+        embed_names = cache(embed_texts)  # the names of a run stay the same
 
-    def align(images, prompts, names):
-        names = list(dict.fromkeys(names))  # a name that is listed twice has no rival in itself
-        own = np.array([names.index(prompt) for prompt in prompts])
-        cosines = embed_images(images) @ embed_names(tuple(names)).T  # (N, names)
-        cosines = cosines.cpu().double().numpy()
-        scores = 100 * cosines[np.arange(len(own)), own]
-        return scores, cosines.argmax(axis=1) == own
+    def measure(rewards, images, prompts, names):
+        first, second = np.split(images / 255, 2)
+        distances = np.sqrt(((first - second) ** 2).mean(axis=(1, 2, 3)))
+        metrics = {
+            "eval_reward": rewards.mean(),
+            "eval_reward_se": rewards.std(ddof=1) / np.sqrt(len(rewards)),
+            "eval_diversity": distances.mean(),
+        }
+        if has_clip:
+            names = list(dict.fromkeys(names))  # a name that is listed twice has no rival in itself
+            own = np.array([names.index(prompt) for prompt in prompts])
+            cosines = (embed_images(images) @ embed_names(tuple(names)).T).cpu().double().numpy()
+            metrics["eval_align"] = 100 * cosines[np.arange(len(own)), own].mean()
+            metrics["eval_top1"] = (cosines.argmax(axis=1) == own).mean()
+        return {name: float(value) for name, value in metrics.items()}
 
-    return align
+    return measure
 
 
 # ---- the command line ----

@@ -4,7 +4,7 @@ RWR: reward-weighted regression on the policy's own samples (Algorithm 1).
 The denoising loss pulls the policy towards the better ones of a prompt's samples and away from the
 others. With x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, the loss of one (sample, noise) pair is
 
-    w    = exp(beta * r) / sum of exp(beta * r) over the samples of the same prompt, less the mean
+    w    = exp(beta * r) / sum of exp(beta * r) over the samples of the same prompt, minus the mean
     loss = w * mean((eps - eps_hat)^2)        t uniform over all training timesteps
 
 It needs no log-probabilities. Subtracting the mean is our addition; without it models/emoji blurs
@@ -15,46 +15,32 @@ its pictures with either reward (docs/paper.md). The pair: diff rwr.py rwr_spars
     ... --resume runs/NAME                  # continue a run
 
 Measured on models/emoji, n = 3: JPEG size 2.500 -> 2.213 kB, with --reward incompress -> 2.714 kB.
-
 The algorithms are from "Guiding the training of diffusion models: a replication of DDPO" (Gao, Shi,
-Zhang; https://github.com/kevin-zhang-1/Fall-2025-Reinforcement-Learning-Final-Project), after DDPO:
-Black et al., "Training Diffusion Models with Reinforcement Learning", arxiv.org/abs/2305.13301.
+Zhang), after DDPO (Black et al., https://arxiv.org/abs/2305.13301).
 """
 
 import csv
-import ctypes
-import hashlib
 import json
 import math
 import os
-import platform
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
-import zipfile
-from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
+from itertools import chain, count
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import MethodType
 from typing import Literal
 
-# OpenMP's threads spin while they wait, which stalls a run beside any other busy process.
-# A short spin costs nothing when the run is alone. It must be set before torch is imported.
+# OpenMP's threads spin while they wait, which stalls a run beside any other busy process
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# glibc gives freed memory back to the system and fetches it again in every forward pass, which
-# costs a few percent on a CPU. Let it keep up to 2 GiB.
-if platform.libc_ver()[0] == "glibc":
-    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its largest
 
 import diffusers
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 import transformers
@@ -63,20 +49,13 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import make_image_grid
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import hf_hub_download
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from safetensors import SafetensorError
 from tqdm import tqdm
 
-from rewards import RewardError, load_alignment, load_reward, save_user_files
+from rewards import load_metrics, load_reward
 
-HERE = Path(__file__).resolve().parent
-ANIMALS = (
-    "cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon "
-    "fox wolf lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle "
-    "frog chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo"
-)
+SCRIPT = Path(__file__).resolve()
 
 
 @dataclass
@@ -85,15 +64,15 @@ class Args:
     reward: str = "compress"
     """a name of `rewards.py --list`, a sum like "aesthetic + 0.5*clip", or FILE.py:FUNCTION"""
     prompts: str = "animals"
-    """animals (45 names), imagenet (398 animals), or a text file with one prompt per line"""
+    """a list in prompts/ (animals, imagenet_animals), or a text file with one prompt per line"""
     seed: int = 1
     """seeds prompts, noise and LoRA weights; the noise of evaluations does not depend on it"""
     iterations: int = 60  # one of six runs to 100 lost its gain: results/README.md
-    """rounds of sampling and training"""
+    """rounds of sampling and training; 0 evaluates the pretrained model"""
     out: str = "runs"
     """folder in which the run's folder is made"""
     resume: str | None = None
-    """run folder to continue; needs no other flag, its arguments are read from its args.json"""
+    """run folder to continue; flags that are not given are taken from its args.json"""
     save_every: int = 10
     """iterations between checkpoints, evaluations and picture grids"""
     track: bool = False
@@ -117,7 +96,7 @@ class Args:
     num_steps: int = 50
     """denoising steps (T)"""
     guidance_scale: float = 5.0
-    """classifier-free guidance weight, in sampling and in training (W_c)"""
+    """classifier-free guidance weight, in sampling and in training (W_c); up to 1: no guidance"""
     # optimisation
     lr: float = 3e-5
     """AdamW learning rate (eta)"""
@@ -132,7 +111,7 @@ class Args:
     num_updates: int = 1
     """gradient steps per iteration (N_updates), each on all samples with new noise"""
     micro_batch: int = 0
-    """at most so many (sample, step) pairs per forward pass: memory and speed only; 0 = choose"""
+    """(sample, step) pairs per forward pass, at most: only memory and speed; 0 = choose"""
     # this algorithm
     samples_per_prompt: int = 4
     """samples of each prompt in an iteration, which are compared with each other"""
@@ -142,32 +121,36 @@ class Args:
     """inverse temperature of the weights, per unit of reward; 0 = equal weights"""
 
 
-# --------------------------------------------------------------------------------------------------
-# the sampler: a diffusion model as a policy
+# ---- the sampler: a diffusion model as a policy --------------------------------------------------
 
 
-def make_schedule(scheduler, num_steps, device):
-    """The DDPM chain over `num_steps` timesteps of a diffusers scheduler, first step to last.
-
-    tables (5, T): abar_t, abar_{t-1}, alpha_t, beta_t, sigma_t; sigma (T,): its last row;
-    noisy_steps: the steps with sigma > 0; alphas_cumprod: abar of all training timesteps (RWR).
-    """
-    scheduler.set_timesteps(num_steps)
-    alphas_cumprod = scheduler.alphas_cumprod.double()
-    abar = alphas_cumprod[scheduler.timesteps]
-    abar_prev = torch.cat([abar[1:], scheduler.final_alpha_cumprod.double().view(1)])
+def make_schedule(pipe, args):
+    """The model's DDPM chain: a diffusers scheduler with `tables` (5, T) of its coefficients."""
+    # as StableDiffusionPipeline runs it, whatever class and offset are in the model's config
+    schedule = DDIMScheduler.from_config(pipe.scheduler.config, steps_offset=1, clip_sample=False)
+    schedule.set_timesteps(args.num_steps, device=args.device)
+    abar = schedule.alphas_cumprod.double()[schedule.timesteps.cpu()]
+    abar_prev = torch.cat([abar[1:], schedule.final_alpha_cumprod.double().view(1)])
     alpha = abar / abar_prev
     beta = 1 - alpha
     sigma = (beta * (1 - abar_prev) / (1 - abar)).sqrt()  # eta = 1; so is the mean in ddpm_step
-    tables = torch.stack([abar, abar_prev, alpha, beta, sigma]).float().to(device)
-    return SimpleNamespace(
-        tables=tables,
-        sigma=tables[4],
-        noisy_steps=torch.nonzero(tables[4] > 0).flatten(),
-        timesteps=scheduler.timesteps.to(device),
-        alphas_cumprod=alphas_cumprod.float().to(device),
-        prediction_type=scheduler.config.prediction_type,
-    )
+    schedule.tables = torch.stack([abar, abar_prev, alpha, beta, sigma]).float().to(args.device)
+    schedule.noisy_steps = torch.nonzero(schedule.tables[4] > 0).flatten()
+    height, width = np.broadcast_to(pipe.unet.config.sample_size, 2).tolist()
+    schedule.latent_shape = (pipe.unet.config.in_channels, height, width)
+
+    # refuse what would run here, but not as the model was trained
+    config = schedule.config
+    target = config.prediction_type
+    total = config.num_train_timesteps
+    first = schedule.timesteps[0].item()  # of 400 steps it is 799, where x_t is not yet all noise
+    refuse(first < 0.9 * total - total / args.num_steps, f"--num-steps: the first is at {first}")
+    refuse("beta_schedule" in config.get("_use_default_values", []), "the scheduler has no betas")
+    refuse(config.thresholding, "the scheduler thresholds x_0, so a step is not Gaussian")
+    refuse(target not in ("epsilon", "v_prediction"), f"it predicts {target}, not epsilon or v")
+    refuse(abar[0] == 0 and target == "epsilon", "epsilon is undefined at zero terminal SNR")
+    refuse(pipe.unet.config.time_cond_proj_dim, "the UNet embeds the guidance scale (LCM)")
+    return schedule
 
 
 def predict_noise(unet, latents, t, embeds, guidance_scale):
@@ -176,23 +159,25 @@ def predict_noise(unet, latents, t, embeds, guidance_scale):
     latents (N, C, H, W), t (N,) timesteps, embeds (2, N, L, D): unconditional, conditional.
     Returns float32 (N, C, H, W): epsilon, or v where the model has prediction_type v_prediction.
     """
+    if guidance_scale <= 1:  # the prompt alone, as in diffusers
+        return unet(latents, t, embeds[1]).sample.float()
     output = unet(torch.cat([latents, latents]), t.repeat(2), embeds.flatten(0, 1)).sample
     noise_pred_uncond, noise_pred_text = output.float().chunk(2)
     return noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)
 
 
-def ddpm_step(noise_pred, latents, step, schedule, next_latents=None, noise=None):
-    """One action: draws x_{t-1} with `noise`, or scores `next_latents` (Algorithm 4, lines 16-18).
+def ddpm_step(unet, latents, step, embeds, schedule, args, next_latents=None, noise=None):
+    """One action: draws x_{t-1} with `noise`, or scores `next_latents` (Algorithm 4, lines 13-18).
 
-    noise_pred, latents, next_latents, noise (N, C, H, W) float32; step (N,) from 0 to T - 1.
+    latents, next_latents, noise (N, C, H, W) float32; step (N,) from 0 to T - 1.
     Returns next_latents, log_prob (N,) and the mean of x_{t-1}. log_prob is the *mean* over
-    dimensions: only for that does a clip range of 1e-4 make sense, and the sum over the 16,384
-    dimensions of Stable Diffusion overflows exp. It is 0 for a deterministic step (sigma = 0).
+    dimensions: a clip range of 1e-4 only makes sense for the mean, and the sum over the 16,384 of
+    Stable Diffusion overflows exp. A deterministic step (sigma = 0) has none.
     """
-    # (N, 1, 1, 1) each
-    abar, abar_prev, alpha, beta, sigma = schedule.tables[:, step, None, None, None]
-
-    if schedule.prediction_type == "epsilon":
+    t = schedule.timesteps[step]
+    noise_pred = predict_noise(unet, latents, t, embeds, args.guidance_scale)
+    abar, abar_prev, alpha, beta, sigma = schedule.tables[:, step, None, None, None]  # (N, 1, 1, 1)
+    if schedule.config.prediction_type == "epsilon":
         # Algorithms 4 and 5 print sqrt(1 - alpha_t); Algorithm 3's sqrt(1 - abar_t) is right
         mean = (latents - beta / (1 - abar).sqrt() * noise_pred) / alpha.sqrt()
     else:
@@ -201,92 +186,59 @@ def ddpm_step(noise_pred, latents, step, schedule, next_latents=None, noise=None
     if next_latents is None:
         next_latents = mean + sigma * noise
 
-    scale = torch.where(sigma > 0, sigma, 1.0)  # a deterministic step would divide 0 by 0
-    log_density = (
-        -0.5 * ((next_latents - mean) / scale) ** 2 - scale.log() - 0.5 * math.log(2 * math.pi)
-    )
-    log_prob = torch.where(sigma > 0, log_density, 0.0).mean(dim=(1, 2, 3))
+    log_density = -0.5 * ((next_latents - mean) / sigma) ** 2 - sigma.log()
+    log_prob = (log_density - 0.5 * math.log(2 * math.pi)).mean(dim=(1, 2, 3))
     return next_latents, log_prob, mean
 
 
 @torch.no_grad()
-def sample_trajectories(unet, embeds, noise, schedule, args):
-    """Run the policy (Algorithm 4, lines 8-19). embeds (2, N, L, D), noise (N, T + 1, C, H, W).
+def sample_trajectories(pipe, prompts, generators, schedule, args):
+    """Run the policy on N prompts (Algorithm 4, lines 8-19), each with the noise of its generator.
 
-    Returns latents (N, T + 1, C, H, W), x_T first and x_0 last, and log_probs (N, T), float32.
-    Raises FloatingPointError where they are not finite.
+    Returns latents (N, T + 1, C, H, W), x_T to x_0, log_probs (N, T), text embeds (2, N, L, D).
     """
-    latents = noise[:, 0]
-    trajectory = [latents]
-    log_probs = []
-    for i in range(args.num_steps):
-        step = torch.full((len(latents),), i, device=args.device)
-        t = schedule.timesteps[step]
+    prompt_embeds, negative_prompt_embeds = pipe.encode_prompt(
+        prompts, args.device, num_images_per_prompt=1, do_classifier_free_guidance=True
+    )
+    embeds = torch.stack([negative_prompt_embeds, prompt_embeds])
 
-        # in microbatches as in training, see choose_micro_batch
-        noise_preds = []
-        for start in range(0, len(latents), args.micro_batch):
-            rows = slice(start, start + args.micro_batch)
-            noise_preds.append(
-                predict_noise(unet, latents[rows], t[rows], embeds[:, rows], args.guidance_scale)
-            )
-        noise_pred = torch.cat(noise_preds)
-
-        latents, log_prob, _ = ddpm_step(noise_pred, latents, step, schedule, noise=noise[:, i + 1])
-        trajectory.append(latents)
-        log_probs.append(log_prob)
-
-    trajectory = torch.stack(trajectory, dim=1)
-    log_probs = torch.stack(log_probs, dim=1)
-    is_finite = trajectory[:, 1:].flatten(2).isfinite().all(dim=2) & log_probs.isfinite()  # (N, T)
-    if not is_finite.all():
-        step = (~is_finite).any(dim=0).nonzero()[0].item()
-        sample = (~is_finite[:, step]).nonzero()[0].item()
-        where = f"from step {step + 1} of {args.num_steps} on (sample {sample})"
-        raise FloatingPointError(f"latents are not finite {where}")
-    return trajectory, log_probs
+    # x_T and the noise of each step, whose place x_{t-1} takes; the same numbers on any device
+    shape = (len(prompts), args.num_steps + 1, *schedule.latent_shape)
+    latents = randn_tensor(shape, generator=generators).to(args.device)
+    log_probs = torch.zeros(len(prompts), args.num_steps, device=args.device)
+    for index in torch.arange(len(prompts), device=args.device).split(args.micro_batch):
+        for i in range(args.num_steps):
+            step = torch.full_like(index, i)
+            inputs = (latents[index, i], step, embeds[:, index], schedule, args)
+            # half precision rounds differently in the kernels that torch runs without gradients
+            with torch.set_grad_enabled(args.precision != "fp32"):
+                x, log_prob, _ = ddpm_step(pipe.unet, *inputs, noise=latents[index, i + 1])
+            latents[index, i + 1] = x
+            log_probs[index, i] = log_prob
+    return {"latents": latents, "log_probs": log_probs, "embeds": embeds}
 
 
 @torch.no_grad()
 def decode(vae, latents):
-    """Latents (N, C, H, W) -> the pictures that are scored and shown, uint8 array (N, H, W, 3).
-
-    Raises FloatingPointError for a picture that is not finite: it would be scored as a black one.
-    """
-    pictures = []
-    for chunk in latents.split(4):  # a decoder needs more memory per row than a UNet
-        pictures.append(vae.decode(chunk / vae.config.scaling_factor).sample)
-    images = torch.cat(pictures)
-    if not images.isfinite().all():
-        raise FloatingPointError("the VAE's pictures of finite latents are not finite")
+    """Latents (N, C, H, W) -> pictures, uint8 (N, H, W, 3), or FloatingPointError if not finite."""
+    chunks = (latents / vae.config.scaling_factor).split(4)  # a decoder needs a lot of memory
+    images = torch.cat([vae.decode(chunk).sample for chunk in chunks])
+    if not images.isfinite().all():  # they would be scored as black ones
+        raise FloatingPointError("pictures are not finite: use --precision fp32 or a lower --lr")
     images = (images / 2 + 0.5).clamp(0, 1) * 255
     return images.round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-# --------------------------------------------------------------------------------------------------
-# the algorithm
-
-
-def check_algorithm(args, world_size):
-    """Refuse what this algorithm cannot use."""
-    if not 0 <= args.beta < math.inf:
-        fail(f"--beta {args.beta}: must be 0 or greater")
-    least = 2  # peers to compare with
-    if args.samples_per_prompt < least:
-        fail(f"--samples-per-prompt {args.samples_per_prompt}: must be at least {least}")
-    if args.num_samples % args.samples_per_prompt > 0 or args.num_samples % world_size > 0:
-        fail(f"--num-samples {args.num_samples}: not a multiple of --samples-per-prompt, processes")
+# ---- the algorithm -------------------------------------------------------------------------------
 
 
 def compute_weights(rewards, prompts, args):
-    """exp(beta * reward) / Z_c over the samples of the same prompt (lines 11-17), less their mean.
+    """exp(beta * reward) / Z_c over the samples of the same prompt (lines 11-17), minus their mean.
 
     rewards (N,), prompts list of N. Returns the weights (N,), and as a metric the effective number
     of samples of a prompt, 1 / sum of squared weights before the mean is subtracted.
     """
-    rewards = np.asarray(rewards, dtype=np.float64)
     prompts = np.array(prompts)
-
     weights = np.zeros(len(rewards))
     effective_samples = np.zeros(len(rewards))
     for prompt in np.unique(prompts):
@@ -303,293 +255,112 @@ def compute_weights(rewards, prompts, args):
 def compute_loss(noise_pred, noise, weights):
     """Weighted denoising loss (Algorithm 1, lines 28-29) of n pairs.
 
-    noise_pred, noise (n, C, H, W), weights (n,). Returns the loss (n,) and a dict of metrics (n,).
+    noise_pred, noise (n, C, H, W), weights (n,). Returns the loss and the unweighted mse, (n,).
     """
     mse = (noise - noise_pred).square().mean(dim=(1, 2, 3))
-    return weights * mse, {"mse": mse}
+    return weights * mse, mse
 
 
 def accumulate_gradients(unet, rollout, schedule, scaler, args):
     """Gradient of the mean loss over all (sample, draw) pairs, in microbatches.
 
     rollout: latents x_0 (N, C, H, W), embeds (2, N, L, D), weights (N,), and D draws for each
-    sample, timesteps (N, D) and noise (N, D, C, H, W). Returns a dict of metrics: the loss as a
-    mean over all pairs, the unweighted mse over those with a weight, if any.
+    sample, timesteps (N, D) and noise (N, D, C, H, W). Returns the loss, a mean over all pairs, and
+    the sum of the mse over num_pairs, the pairs with a weight.
     """
     unet.zero_grad()
-    has_weight = (rollout["weights"][:, None].abs() > 1e-7).expand(rollout["timesteps"].shape)
+    has_weight = (rollout["weights"] != 0)[:, None].expand(rollout["timesteps"].shape)
     pairs = has_weight.nonzero()  # (num_pairs, 2)
-    metrics = defaultdict(list)
+    metrics = {"loss": 0.0, "mse_sum": 0.0, "num_pairs": len(pairs)}
+    if len(pairs) == 0:  # of this process
+        return metrics
     for chunk in pairs.split(args.micro_batch):
-        if len(chunk) == 0:  # no sample of this process has a weight
-            break
         index, draw = chunk.unbind(dim=1)
         t = rollout["timesteps"][index, draw]
         noise = rollout["noise"][index, draw]
+        latents = schedule.add_noise(rollout["latents"][index], noise, t)  # x_t (line 24)
         embeds = rollout["embeds"][:, index]
 
-        # x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Algorithm 1, line 24)
-        abar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
-        latents = abar.sqrt() * rollout["latents"][index] + (1 - abar).sqrt() * noise
         noise_pred = predict_noise(unet, latents, t, embeds, args.guidance_scale)
-        if schedule.prediction_type == "v_prediction":
+        if schedule.config.prediction_type == "v_prediction":
+            abar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
             noise_pred = abar.sqrt() * noise_pred + (1 - abar).sqrt() * latents
-        loss, info = compute_loss(noise_pred, noise, rollout["weights"][index])
-        scaler.scale(loss.sum() / has_weight.numel()).backward()
-
-        for name, value in {"loss": loss, **info}.items():
-            metrics[name].append(value.detach())
-
-    average_gradients(unet)
-    summary = {name: torch.cat(values).mean().item() for name, values in metrics.items()}
-    summary["loss"] = 0.0
-    if len(pairs) > 0:  # pairs without a weight have a loss of 0
-        summary["loss"] = (torch.cat(metrics["loss"]).sum() / has_weight.numel()).item()
-    return summary
+        loss, mse = compute_loss(noise_pred, noise, rollout["weights"][index])
+        loss = loss.sum() / has_weight.numel()
+        scaler.scale(loss).backward()
+        metrics["loss"] += loss.item()
+        metrics["mse_sum"] += mse.sum().item()
+    return metrics
 
 
-# --------------------------------------------------------------------------------------------------
-# plumbing, the same in all five scripts
+# ---- plumbing, the same in all five scripts ------------------------------------------------------
 
 
-def fail(message):
-    """End with one line and exit code 2: for errors that the user can fix."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+def refuse(wrong, message):
+    """End with one line, for what would otherwise be wrong without a word."""
+    if wrong:
+        sys.exit(f"error: {message}")
+
+
+def say(text):
+    """Print a line at once. A reader that has gone (tee, head, a terminal) does not end the run."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
+def load_args(run):
+    """The arguments of a run of this script, from its args.json."""
+    metadata = json.loads(Path(run, "args.json").read_text())
+    refuse(metadata["script"] != SCRIPT.stem, f"{run} is a run of {metadata['script']}.py")
+    saved = Args(**metadata["args"])
+    saved.adam_betas = tuple(saved.adam_betas)  # a list in JSON
+    saved.resume = str(run)
+    saved.prompts = str(Path(run, "prompts.txt"))
+    return saved
 
 
 def parse_args(command_line=None):
-    """The flags; with --resume those of that run, of which only a few can be changed."""
+    """The flags; with --resume those of the run, but for the flags that are given."""
     args = tyro.cli(Args, description=__doc__, args=command_line)
     if args.resume is None:
         return args
-    try:
-        metadata = json.loads(Path(args.resume, "args.json").read_text())
-        if metadata["script"] != Path(__file__).stem:
-            fail(f"--resume {args.resume}: it is a run of {metadata['script']}.py")
-        saved = Args(**metadata["args"])
-        saved.adam_betas = tuple(saved.adam_betas)
-        saved.resume = args.resume
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"--resume {args.resume}: it has no args.json of this script ({error})")
-
-    args = tyro.cli(Args, description=__doc__, args=command_line, default=saved)
-    may_change = ("iterations", "save_every", "track", "device", "micro_batch", "model")
-    for name, value in asdict(saved).items():
-        if name not in may_change and getattr(args, name) != value:
-            fail(f"--resume {args.resume}: --{name.replace('_', '-')} was {value} and must stay")
-    return args
+    return tyro.cli(Args, description=__doc__, args=command_line, default=load_args(args.resume))
 
 
-def init_processes(args):
-    """Resolve --device. Returns (rank, world_size): torchrun has a process per GPU, else (0, 1)."""
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not dist.is_torchelastic_launched():
-        return 0, 1
-    if args.device.startswith("cuda"):
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
-    dist.init_process_group(timeout=timedelta(hours=2))  # rank 0 evaluates, the others wait
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")
-    return dist.get_rank(), dist.get_world_size()
-
-
-def gather(value):
-    """[value of process 0, value of process 1, ...], in every process."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def average_gradients(unet):
-    """Replace each process's gradient by the mean over the processes."""
-    if not dist.is_initialized():
-        return
-    for p in unet.parameters():
-        if p.requires_grad:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad / dist.get_world_size()
-            dist.all_reduce(p.grad)
-
-
-def check_args(args):
-    """Refuse what no script can use, and resolve --model and --precision."""
-    positive = ["iterations", "save_every", "num_samples", "num_steps", "num_updates"]
-    positive += ["lr", "max_grad_norm"]
-    not_negative = ["seed", "guidance_scale", "weight_decay", "adam_eps", "micro_batch"]
-    if args.lora_rank is not None:
-        not_negative.append("lora_rank")
-    for name, value in asdict(args).items():
-        flag = f"--{name.replace('_', '-')} {value}"
-        if name in positive and not 0 < value < 1e30:
-            fail(f"{flag}: must be a finite number greater than 0")
-        if name in not_negative and not 0 <= value < 2**63:
-            fail(f"{flag}: must be a finite number, 0 or greater")
-
-    if not all(0 <= beta < 1 for beta in args.adam_betas):
-        fail(f"--adam-betas {args.adam_betas}: both must be at least 0 and below 1")
-
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device}: {str(error).splitlines()[0][:200]}")
-    if args.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
-        fail("--compile: needs a C++ compiler, such as g++")
-
-    on_gpu = args.device.startswith("cuda")
-    if args.precision == "auto":
-        args.precision = "fp16" if on_gpu else "fp32"
-    if args.model == "auto":
-        args.model = "CompVis/stable-diffusion-v1-4" if on_gpu else "models/emoji"
-    for folder in (Path(args.model), HERE / args.model):
-        if folder.is_dir():
-            args.model = str(folder.resolve())
-            break
-
-
-def load_prompts(args):
-    """The list of prompts; a resumed run reads the copy in its own folder."""
-    source = str(Path(args.resume, "prompts.txt")) if args.resume else args.prompts
-    if source == "animals":
-        return ANIMALS.split()
-    if source == "imagenet":
-        from torchvision.models import ResNet50_Weights
-
-        return ResNet50_Weights.DEFAULT.meta["categories"][:398]
-    path = Path(source)
-    if path.suffix in (".csv", ".json", ".jsonl"):
-        fail(f"--prompts {path}: write a text file with one prompt per line")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"--prompts {path}: animals, imagenet, or a UTF-8 text file is needed ({error})")
-    lines = [line.strip() for line in text.split("\n")]  # splitlines would split at U+2028 too
-    prompts = [line for line in lines if line]
-    if not prompts:
-        fail(f"--prompts {path}: the file is empty; write one prompt per line")
+def load_prompts(source):
+    """The prompts of a list in prompts/, or of a text file with one prompt per line."""
+    path = SCRIPT.parent / f"prompts/{source}.txt"
+    if not path.exists():
+        path = Path(source)
+    text = path.read_text(encoding="utf-8-sig")
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    is_table = source.lower().endswith((".csv", ".tsv", ".json", ".jsonl"))
+    refuse(is_table or not prompts, f"--prompts {source}: write one prompt per line")
     return prompts
 
 
-def read_json(args, path):
-    """One of the model's JSON files, from its folder or from the Hugging Face hub."""
-    try:
-        local = os.path.isdir(args.model)
-        file = Path(args.model, path) if local else hf_hub_download(args.model, path)
-        return json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        where = f"in this folder, here or in {HERE}, or on the hub"
-        fail(f"--model {args.model}: cannot read {path} {where}: {reason}")
-
-
-def check_model(args):
-    """Refuse, by its JSON files alone, a model whose parts do not work as Stable Diffusion's do.
-
-    Returns its scheduler and the shape of a latent, (C, H, W).
-    """
-
-    def refuse(condition, problem):
-        if condition:
-            fail(f"--model {args.model}: {problem}")
-
-    kind = read_json(args, "model_index.json").get("_class_name")
-    refuse(kind != "StableDiffusionPipeline", f"its pipeline is {kind}, not Stable Diffusion")
-    unet = read_json(args, "unet/config.json")
-    vae = read_json(args, "vae/config.json")
-    text_encoder = read_json(args, "text_encoder/config.json")
-    config = read_json(args, "scheduler/scheduler_config.json")
-    read_json(args, "tokenizer/tokenizer_config.json")
-
-    # the parts fit each other, and a prompt is all that the UNet is conditioned on
-    channels = vae.get("latent_channels", 4)
-    refuse(unet.get("in_channels", 4) != channels, f"its UNet does not take {channels} channels")
-    refuse(unet.get("out_channels", 4) != channels, f"its UNet does not return {channels} channels")
-    features = text_encoder.get("hidden_size", 512)
-    attended = unet.get("cross_attention_dim", 1280)
-    refuse(attended != features, f"its UNet attends to {attended} text features, not {features}")
-    refuse(vae.get("out_channels", 3) != 3, "its VAE does not decode to RGB")
-    conditions = ("class_embed_type", "num_class_embeds", "time_cond_proj_dim")
-    for name in (*conditions, "addition_embed_type", "encoder_hid_dim"):
-        refuse(unet.get(name) is not None, f"its UNet needs more than a prompt ({name})")
-    size = unet.get("sample_size")
-    refuse(size is None, "its UNet's config has no sample_size")
-    height, width = size if isinstance(size, list) else (size, size)
-    if os.path.isdir(args.model):
-        files = [
-            "unet/diffusion_pytorch_model",
-            "vae/diffusion_pytorch_model",
-            "text_encoder/model",
-        ]
-        for file in files:
-            found = list(Path(args.model).glob(f"{file}.safetensors*"))  # or an index of shards
-            refuse(not found, f"no {file}.safetensors (.bin and fp16 files are not supported)")
-
-    # the scheduler defines a DDPM chain
-    refuse("beta_schedule" not in config, f"{config.get('_class_name')} has no DDPM chain (betas)")
-    target = config.get("prediction_type", "epsilon")
-    refuse(target not in ("epsilon", "v_prediction"), f"it predicts {target}, not epsilon or v")
-    refuse(config.get("thresholding"), "its scheduler thresholds x_0: a step is not Gaussian")
-    zero_snr = config.get("rescale_betas_zero_snr")
-    refuse(zero_snr and target == "epsilon", "epsilon is undefined at zero terminal SNR, abar = 0")
-
-    # as StableDiffusionPipeline treats them, whatever the file says
-    total = config.get("num_train_timesteps", 1000)
-    if args.num_steps >= total:
-        fail(f"--num-steps {args.num_steps}: at most {total - 1}")
-    scheduler = DDIMScheduler.from_config(config, steps_offset=1, clip_sample=False)
-    scheduler.set_timesteps(args.num_steps)
-    first = scheduler.timesteps[0].item()
-    if first < 0.9 * total - total / args.num_steps:  # at 400 of 1000 steps it begins at 799
-        fail(f"--num-steps {args.num_steps}: the chain would begin at timestep {first} of {total}")
-    return scheduler, (channels, height, width)
-
-
-def choose_micro_batch(args, latent_shape, num_samples, num_pairs):
-    """Resolve --micro-batch: the most pairs per forward pass that fit and divide `num_pairs`.
-
-    A number that was given is lowered to the next divisor. Otherwise it is the fastest on a CPU (no
-    gain beyond 100), and on a GPU what fits: 2.5 GiB per pair of Stable Diffusion, 2**14 numbers.
-    In half precision it divides an update's samples: then training has the batches of sampling, row
-    by row. Others are rounded otherwise, and the ratio of the first update would not be 1. In fp32
-    that changes a log-prob by 1e-6 at the most.
-    """
-    if num_pairs == 0:
-        fail(f"--num-steps {args.num_steps}: no step of this scheduler has noise")
-
-    limit = args.micro_batch
-    if limit == 0:
-        limit = min(100, 2**17 // math.prod(latent_shape))  # 8 pairs of Stable Diffusion
-        if args.device.startswith("cuda"):
-            memory = torch.cuda.get_device_properties(args.device).total_memory / 2**30
-            if args.lora_rank == 0:  # weights, gradients, AdamW and ISKL's reference: 17 GiB
-                memory = max(memory - 18, memory / 4)
-            limit = int(memory / 2.5 * 2**14 / math.prod(latent_shape))  # at 24 GiB: 9
-
-    common = num_pairs
-    if args.precision != "fp32":
-        common = math.gcd(num_samples // args.num_updates, num_pairs)
-    limit = min(max(limit, 1), common)
-    args.micro_batch = max(n for n in range(1, limit + 1) if common % n == 0)
-
-
 def load_model(args):
-    """The pipeline, and the trainable parameters of its UNet by name, float32."""
+    """The pipeline, and its UNet's trainable parameters, float32. Settles rank and microbatch."""
+    kind = StableDiffusionPipeline.load_config(args.model)["_class_name"]
+    refuse(kind != "StableDiffusionPipeline", f"--model {args.model}: it is a {kind}")
     pipe = StableDiffusionPipeline.from_pretrained(
         args.model, use_safetensors=True, safety_checker=None, dtype=torch.float32
     )
     pipe.to(args.device)
-    pipe.text_encoder.requires_grad_(False)
     unet = pipe.unet
+    is_large = unet.num_parameters() >= 50e6
     if args.lora_rank is None:
-        args.lora_rank = 4 if unet.num_parameters() >= 50e6 else 0
+        args.lora_rank = 4 if is_large else 0
+    if args.micro_batch == 0:  # of Stable Diffusion 8 pairs fit in 24 GB; a CPU gains up to 80
+        large = 4 if args.precision == "fp32" else 8
+        args.micro_batch = large if is_large else 80
 
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    dtype = dtypes[args.precision]
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
-    if args.lora_rank > 0:
+    if args.lora_rank:
         torch.manual_seed(args.seed)
         unet.requires_grad_(False)
         unet.to(dtype)
@@ -603,138 +374,66 @@ def load_model(args):
         cast_training_params(unet, torch.float32)
         for module in unet.modules():
             module.cast_input_dtype_enabled = False  # PEFT would copy every input to float32
-
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     # the layers in half precision; predict_noise makes the output float32 again
     device_type = torch.device(args.device).type
-    if device_type == "cuda":
-        unet.to(memory_format=torch.channels_last)
     autocast = torch.autocast(device_type, dtype, enabled=args.precision != "fp32")
     unet.forward = MethodType(autocast(type(unet).forward), unet)  # survives copy.deepcopy(unet)
+    if device_type == "cuda":
+        unet.to(memory_format=torch.channels_last)
     if args.compile:
         unet.compile()
-    return pipe, {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    return pipe, [p for p in unet.parameters() if p.requires_grad]
 
 
-def open_run(args, pipe, prompts, score):
-    """Make the run folder, or check the one of --resume. Returns its path."""
-    fingerprint = hashlib.sha256()  # of the first numbers of each pretrained tensor
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        for name, tensor in part.state_dict().items():
-            if "lora_" not in name:
-                fingerprint.update(tensor.flatten()[:1000].float().cpu().numpy().tobytes())
+def gather(value):
+    """[value of process 0, value of process 1, ...], in every process."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def open_run(args, prompts, score):
+    """Make the run's folder, or update that of --resume; print how to resume. Returns the path."""
+    now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # microseconds tell parallel runs apart
+    name = f"{SCRIPT.stem}__{score.label}__s{args.seed}__{now}"
+    run = Path(args.resume or Path(args.out, name)).resolve()
+    run.mkdir(parents=True, exist_ok=True)
+    for path in (*score.files, SCRIPT, SCRIPT.with_name("rewards.py")):
+        (run / path.name).write_bytes(path.read_bytes())
+    (run / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    commands = [shlex.join(["python", *sys.argv])]
     if args.resume:
-        metadata = json.loads(Path(args.resume, "args.json").read_text())
-        if metadata["weights"] != fingerprint.hexdigest():
-            fail(f"--resume {args.resume}: it started from other weights than {args.model}")
-        copy = Path(args.resume, Path(__file__).name)
-        if copy.exists() and copy.read_bytes() != Path(__file__).read_bytes():
-            print(f"{Path(__file__).name} has changed since this run began, see its copy {copy}")
-        return Path(args.resume)
-
-    script = Path(__file__).stem
-    name = f"{script}__{score.label}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run = Path(args.out, name)
-    number = 1
-    while True:
-        try:
-            run.mkdir(parents=True)
-            break
-        except OSError as error:
-            if not os.path.exists(run):
-                fail(f"--out {args.out}: {error}")
-            number += 1  # another run was started in the same second
-            run = Path(args.out, f"{name}-{number}")
-
-    git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
-    commit = ""  # outside a checkout, or without git
-    if shutil.which("git"):
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        commands = json.loads((run / "args.json").read_text())["commands"] + commands
     metadata = {
-        "script": script,
+        "script": SCRIPT.stem,
         "args": asdict(args),
-        "command": shlex.join(sys.argv),
-        "git": commit,
+        "commands": commands,
+        "git": subprocess.getoutput(f"git -C '{SCRIPT.parent}' rev-parse HEAD"),
         "versions": {lib.__name__: lib.__version__ for lib in (torch, diffusers, transformers)},
         "gpu": torch.cuda.get_device_name(args.device) if "cuda" in args.device else "",
-        "weights": fingerprint.hexdigest(),
     }
-    if Path(args.model).is_relative_to(HERE):  # found again where the checkout was moved
-        metadata["args"]["model"] = str(Path(args.model).relative_to(HERE))
-    with writing_to(run):
-        (run / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-        save_user_files(score, run / "reward")
-        shutil.copy(__file__, run)
-        shutil.copy(HERE / "rewards.py", run)
-        (run / "args.json").write_text(json.dumps(metadata, indent=2))  # last: all is there
+    (run / "args.json").write_text(json.dumps(metadata, indent=2))
+    say(f"to resume: {shlex.join(['python', sys.argv[0], '--resume', str(run)])}")
     return run
 
 
-def resume_command(run):
-    return shlex.join(["python", sys.argv[0], "--resume", str(run)])
-
-
-@contextmanager
-def writing_to(run):
-    """A disk that is full or read-only ends the run in one line; the last checkpoint is whole."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        fail(f"cannot write to {run}: {reason}. Make room, then {resume_command(run)}")
-
-
-def save_checkpoint(run, pipe, params, optimizer, state, args):
-    """lora/ or unet/ for diffusers, then checkpoint/state.pt for --resume, renamed when whole."""
-    if not all(p.isfinite().all() for p in params.values()):
-        fail("the weights are not finite and are not saved: start a new run with a lower --lr")
-    if args.lora_rank > 0:
-        pipe.save_lora_weights(run / "lora", get_peft_model_state_dict(pipe.unet))
-    else:
-        pipe.unet.save_pretrained(run / "unet")
-
-    checkpoint = {
-        "weights": {name: p.detach() for name, p in params.items()},
-        "optimizer": optimizer.state_dict(),
-        "state": state,
-    }
-    (run / "checkpoint").mkdir(exist_ok=True)
-    try:
-        torch.save(checkpoint, run / "checkpoint/state.tmp")
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(error) from error
-    os.replace(run / "checkpoint/state.tmp", run / "checkpoint/state.pt")
-
-
-def load_checkpoint(run, params, optimizer):
-    """Restore weights and optimizer in place. Returns the state, None where nothing was saved."""
-    path = run / "checkpoint/state.pt"
-    if not path.exists():
-        print(f"{run} has no checkpoint: starting from the beginning")
-        return None
-    try:
-        if zipfile.ZipFile(path).testzip() is not None:  # torch does not compare checksums
-            raise ValueError("wrong checksum")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes torch raise
-        fail(f"{path} is damaged: put back a copy or start a new run ({type(error).__name__})")
-    for name, p in params.items():
-        p.data.copy_(checkpoint["weights"][name])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint["state"]
-
-
-def write_metrics(run, rows):
-    """metrics.csv: a row per iteration, with blanks where a row lacks a column."""
-    columns = {}
-    for row in rows:
-        columns |= row  # in the order in which they first appear
-    with open(run / "metrics.tmp", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(run / "metrics.tmp", run / "metrics.csv")
+def load(run, params, optimizer, scaler):
+    """Restore a checkpoint, on any device. Returns the state: rows, history."""
+    state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+    for p, weight in zip(params, state["weights"], strict=True):
+        p.data.copy_(weight)
+    # the moments of the run, in the memory format of the weights; lr and kernels of these args
+    state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict(state["optimizer"])
+    for p, moments in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = torch.empty_like(p).copy_(moments[name])
+    scaler.load_state_dict(state["scaler"])
+    return state
 
 
 def make_generator(*key):
@@ -743,307 +442,223 @@ def make_generator(*key):
     return torch.Generator().manual_seed(int(seed))
 
 
-def run_policy(pipe, prompts, generators, latent_shape, schedule, args):
-    """One trajectory for each of N prompts, with the noise of its generator.
-
-    Returns latents (N, T + 1, C, H, W), log_probs (N, T), and the text embeddings (2, N, L, D).
-    """
-    shape = (len(prompts), args.num_steps + 1, *latent_shape)
-    noise = randn_tensor(shape, generator=generators)  # on the CPU: the same on every device
-    if args.device.startswith("cuda"):
-        noise = noise.pin_memory()
-    noise = noise.to(args.device, non_blocking=True)
-    prompt_embeds, negative_prompt_embeds = pipe.encode_prompt(
-        prompts, args.device, num_images_per_prompt=1, do_classifier_free_guidance=True
-    )
-    embeds = torch.stack([negative_prompt_embeds, prompt_embeds])
-    latents, log_probs = sample_trajectories(pipe.unet, embeds, noise, schedule, args)
-    return latents, log_probs, embeds
-
-
-def score_pictures(score, images, prompts, run):
-    """score(images, prompts). Where the reward fails, prints how to resume once it works."""
-    try:
-        return score(images, prompts)
-    except RewardError:
-        fix = f"fix the reward (your own file: its copy in {run}/reward)"
-        print(f"{fix}, then resume with: {resume_command(run)}", file=sys.stderr)
-        raise
-
-
-def evaluate(pipe, run, iteration, prompts, score, alignment, schedule, latent_shape, args):
-    """Reward, diversity and CLIP score of up to 32 fixed prompts, with two fixed noises each.
-
-    Writes their grid to images/ and the denoising of an elephant to trajectory/.
-    """
-    num_prompts = min(32, len(prompts))
-    chosen = [prompts[i] for i in np.linspace(0, len(prompts) - 1, num_prompts).astype(int)] * 2
-    eval_prompts = [*chosen, "elephant"]
-    # the same noise in all evaluations of all runs
-    generators = [make_generator(0, 0, i, 1) for i in range(len(eval_prompts))]
-    latents, _, _ = run_policy(pipe, eval_prompts, generators, latent_shape, schedule, args)
-    images = decode(pipe.vae, latents[:-1, -1])
+def evaluate(pipe, run, iteration, prompts, score, measure, schedule, args):
+    """Metrics and a grid of up to 32 fixed prompts, two noises each; the steps of an elephant."""
+    spread = np.linspace(0, len(prompts) - 1, min(32, len(prompts))).astype(int)
+    chosen = [prompts[i] for i in spread] * 2
+    generators = [make_generator(0, 0, i, 1) for i in range(len(chosen) + 1)]  # same in all runs
+    rollout = sample_trajectories(pipe, [*chosen, "elephant"], generators, schedule, args)
+    images = decode(pipe.vae, rollout["latents"][:-1, -1])
     # x after 1, 10, 20, 30, 40 and 50 of 50 steps, which Figure 4 counts from 0
-    strip_steps = [1] + [max(1, k * args.num_steps // 5) for k in range(1, 6)]
-    strip = decode(pipe.vae, latents[-1, strip_steps])
+    strip_steps = np.linspace(0, args.num_steps, 6).astype(int).clip(1)
+    strip = decode(pipe.vae, rollout["latents"][-1, strip_steps])
+    for folder, pictures, rows in (("images", images, 2), ("trajectory", strip, 1)):
+        cells = [Image.fromarray(picture) for picture in pictures]
+        grid = make_image_grid(cells, rows=rows, cols=len(cells) // rows)
+        grid.thumbnail((4096, 4096))
+        (run / folder).mkdir(exist_ok=True)
+        grid.save(run / folder / f"{iteration:04d}.png")
 
-    with writing_to(run):
-        for folder, pictures, rows in (("images", images, 2), ("trajectory", strip, 1)):
-            cells = [Image.fromarray(picture) for picture in pictures]
-            grid = make_image_grid(cells, rows=rows, cols=len(cells) // rows)
-            grid.thumbnail((4096, 4096))
-            (run / folder).mkdir(exist_ok=True)
-            grid.save(run / folder / f"{iteration:04d}.png")
-
-    rewards, _ = score_pictures(score, images, chosen, run)
-    squared_difference = (images[:num_prompts] / 255 - images[num_prompts:] / 255) ** 2
-    metrics = {
-        "eval_reward": float(rewards.mean()),
-        "eval_reward_se": float(rewards.std(ddof=1) / math.sqrt(len(rewards))),
-        "eval_diversity": float(np.sqrt(squared_difference.mean(axis=(1, 2, 3))).mean()),
-    }
-    if alignment is not None:
-        metrics["eval_align"] = float(np.mean(alignment(images, chosen)))
-    return metrics
+    rewards, _ = score(images, chosen)
+    return measure(rewards, images, chosen, prompts)
 
 
-def save_before_after(run, last):
-    """before_after.png: the first line of the first grid above that of the last grid."""
-    paths = [run / "images/0000.png", run / f"images/{last:04d}.png"]
-    if all(path.exists() for path in paths):
-        grids = [Image.open(path) for path in paths]
-        lines = [grid.crop((0, 0, grid.width, grid.height // 2)) for grid in grids]
-        with writing_to(run):
-            make_image_grid(lines, rows=2, cols=1).save(run / "before_after.png")
-
-
-def init_tracking(run, args):
-    """Start Weights & Biases, offline where it cannot be reached: it never stops a run."""
-    import wandb
-
-    options = {"project": "ddpo", "name": run.name, "id": run.name, "config": asdict(args)}
-    try:
-        wandb.init(**options, resume="allow")
-    except Exception as error:  # not logged in, no network, a service that is down
-        print(f"wandb: {error}; logging offline, for `wandb sync`")
-        wandb.teardown()  # the run that failed would still hold its id
-        wandb.init(**options, mode="offline")
-    return wandb
-
-
-def stop_signals():
-    """A list that Ctrl-C, SIGTERM or SIGHUP fills, to end after the iteration; a second exits."""
+def catch_signals():
+    """A list that receives the first signal to stop; a second one exits at once."""
     received = []
 
     def receive(number, frame):
         if received:
             sys.exit(128 + number)
         received.append(number)
+        with suppress(OSError):  # its reader may have gone
+            os.write(2, b"\nfinishing the iteration; again to stop now\n")
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so do we
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, receive)
     return received
 
 
-# --------------------------------------------------------------------------------------------------
-# main
+# ---- main ----------------------------------------------------------------------------------------
 
 
-def main(args):
-    # quiet libraries
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+def main(args, from_command_line=False):
+    """Train, to the last iteration or until a signal to stop. Returns the run's folder."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
-    # settle the arguments, before weights are loaded
-    rank, world_size = init_processes(args)
-    check_args(args)
-    check_algorithm(args, world_size)
-    prompts = load_prompts(args)
-    scheduler, latent_shape = check_model(args)
-    schedule = make_schedule(scheduler, args.num_steps, args.device)
-    local_samples = args.num_samples // world_size  # of this process
-    num_pairs = local_samples * args.num_steps
-    choose_micro_batch(args, latent_shape, local_samples, num_pairs)
-    device_type = torch.device(args.device).type
-    print(f"{args.model} on {world_size} x {device_type} in {args.precision}")
-    print(
-        f"{args.num_samples} samples of {args.num_steps} steps; {args.num_updates} updates of "
-        f"{num_pairs * world_size} pairs, {args.micro_batch} per forward pass"
-    )
+    # a resumed run keeps its arguments, but for those that are given anew
+    saved = asdict(load_args(args.resume)) if args.resume else {}
+    for name, value in saved.items():
+        if not from_command_line and getattr(args, name) == getattr(Args, name):
+            setattr(args, name, value)
+        if getattr(args, name) != value:
+            say(f"{name}: {value} -> {getattr(args, name)}")
 
-    # load the reward and the model
-    clip_folder = f"{args.model}/clip"
-    user_files = Path(args.resume, "reward") if args.resume else None
-    try:
-        score = load_reward(args.reward, args.device, clip_folder, user_files)
-        alignment = load_alignment(args.reward, args.device, clip_folder)
-    except RewardError as error:
-        fail(f"--reward {args.reward}: {error}")
+    # torchrun starts a process per GPU; each draws and trains its share of the samples
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = args.device.startswith("cuda")
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(timeout=timedelta(hours=2))  # rank 0 evaluates, the others wait
+        if rank > 0:
+            sys.stdout = open(os.devnull, "w")
+
+    # settle the arguments
+    if args.model == "auto":
+        args.model = "CompVis/stable-diffusion-v1-4" if on_gpu else f"{SCRIPT.parent}/models/emoji"
+    if args.precision == "auto":
+        args.precision = "fp16" if on_gpu else "fp32"
+    for name in ("lr", "max_grad_norm"):
+        refuse(not getattr(args, name) > 0, f"{name} must be greater than 0")
+    rest = args.num_samples % args.samples_per_prompt + args.num_samples % world_size
+    refuse(rest, "--num-samples must be a multiple of --samples-per-prompt, and of the processes")
+    least = 2  # peers to compare with
+    refuse(args.samples_per_prompt < least, f"--samples-per-prompt must be {least} or more")
+
+    # load everything
+    prompts = load_prompts(args.prompts)
+    score = load_reward(args.reward, args.device, f"{args.model}/clip")
+    measure = load_metrics(args.reward, args.device, f"{args.model}/clip")
     pipe, params = load_model(args)
-    method = f"LoRA of rank {args.lora_rank}" if args.lora_rank else "full fine-tuning"
-    trained = sum(p.numel() for p in params.values())
-    print(f"{method}: {trained / 1e6:.2f} M of {pipe.unet.num_parameters() / 1e6:.1f} M parameters")
-    max_tokens = pipe.tokenizer.model_max_length
-    num_long = sum(len(ids) > max_tokens for ids in pipe.tokenizer(prompts).input_ids)
-    if num_long > 0:
-        print(f"{num_long} of {len(prompts)} prompts are cut after {max_tokens} tokens")
+    diffusers.utils.logging.set_verbosity_warning()  # it says when prompts are cut
+    schedule = make_schedule(pipe, args)
     optimizer = torch.optim.AdamW(
-        params.values(),
-        lr=args.lr,
-        betas=args.adam_betas,
-        eps=args.adam_eps,
-        weight_decay=args.weight_decay,
-        fused=args.device.startswith("cuda"),
+        params, args.lr, args.adam_betas, args.adam_eps, args.weight_decay, fused=on_gpu
     )
-    scaler = torch.amp.GradScaler(device_type, enabled=args.precision == "fp16")
-    scaler.scale(torch.zeros((), device=args.device))  # sets it up, also where RWR leaves no pairs
+    scaler = torch.amp.GradScaler("cuda" if on_gpu else "cpu", enabled=args.precision == "fp16")
+    scaler.scale(torch.zeros((), device=args.device))  # sets it up, also if no pair has a weight
+    say(f"{args.model} on {world_size} x {args.device} in {args.precision}")
+    say(f"LoRA rank {args.lora_rank} (0: all weights), {args.micro_batch} pairs per forward pass")
+    say(f"{len(prompts)} prompts: {', '.join(prompts[:5])}, ...")
 
-    # open the run; row 0 of its metrics is the pretrained model
-    run = open_run(args, pipe, prompts, score) if rank == 0 else None
+    # start a run, or go on with one
+    run = open_run(args, prompts, score) if rank == 0 else None
     run = gather(run)[0]
-    state = load_checkpoint(run, params, optimizer) if args.resume else None
-    if state is None:
-        row = {"iteration": 0, "samples": 0}
-        if rank == 0:
-            metrics = evaluate(
-                pipe, run, 0, prompts, score, alignment, schedule, latent_shape, args
-            )
-            row.update(metrics)
-        state = {"rows": [row], "skipped": 0}
-        state["scaler"] = scaler.state_dict()
-    scaler.load_state_dict(state["scaler"])
+    state = {"rows": [{"iteration": 0, "samples": 0}]}
+    if (run / "checkpoint.pt").exists():
+        state = load(run, params, optimizer, scaler)
     rows = state["rows"]
-    done = rows[-1]["iteration"]
-    tracker = init_tracking(run, args) if args.track and rank == 0 else None
-    if tracker is not None:
-        tracker.log(rows[-1], step=done)
-    signals = stop_signals()
+    if args.track and rank == 0:
+        import wandb
 
-    # no bar where the output is not a terminal (None), nor in the other processes (True)
-    progress = tqdm(initial=done, total=args.iterations, disable=None if rank == 0 else True)
-    for iteration in range(done + 1, args.iterations + 1):
+        wandb.init(project="ddpo", name=run.name, id=run.name, config=asdict(args), resume="allow")
+    signals = catch_signals() if from_command_line else []
+    hide = rank > 0 or None  # None: if the output is not a terminal
+    for iteration in tqdm(count(len(rows) - 1), total=args.iterations, disable=hide):
+        # evaluate and save; row 0 is the pretrained model
+        stopped_by = max(gather(max(signals, default=0)))  # the same in all processes
+        is_last = stopped_by or iteration >= args.iterations
+        is_due = is_last or iteration % args.save_every == 0
+        if rank == 0 and is_due and "eval_reward" not in rows[-1]:
+            rows[-1] |= evaluate(pipe, run, iteration, prompts, score, measure, schedule, args)
+            if args.lora_rank:
+                pipe.save_lora_weights(run / "lora", get_peft_model_state_dict(pipe.unet))
+            else:
+                pipe.unet.save_pretrained(run / "unet")
+            state["weights"] = [p.detach() for p in params]
+            state["optimizer"] = optimizer.state_dict()
+            state["scaler"] = scaler.state_dict()
+            torch.save(state, run / "checkpoint.tmp")
+            os.replace(run / "checkpoint.tmp", run / "checkpoint.pt")  # whole at any time
+        if rank == 0:
+            with open(run / "metrics.csv", "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, dict.fromkeys(chain(*rows)))
+                writer.writeheader()
+                writer.writerows(rows)
+            if args.track:
+                wandb.log(rows[-1], step=iteration)
+        if is_last:
+            break
+
         # sample: process r draws the samples r, r + world_size, ...
-        start_time = time.time()
+        start = time.perf_counter()
+        iteration += 1
         generators = [make_generator(args.seed, iteration, i, 0) for i in range(args.num_samples)]
         first = generators[:: args.samples_per_prompt]  # of each prompt's samples
         drawn = [prompts[torch.randint(len(prompts), (), generator=g)] for g in first]
         all_prompts = np.repeat(drawn, args.samples_per_prompt).tolist()
-        generators = generators[rank::world_size]
-        batch_prompts = all_prompts[rank::world_size]
-        latents, _, embeds = run_policy(
-            pipe, batch_prompts, generators, latent_shape, schedule, args
-        )
-        images = decode(pipe.vae, latents[:, -1])
-        sample_time = time.time()
+        own = slice(rank, None, world_size)
+        rollout = sample_trajectories(pipe, all_prompts[own], generators[own], schedule, args)
+        rollout["latents"] = rollout["latents"][:, -1]  # x_0
+        images = decode(pipe.vae, rollout["latents"])
+        sampled = time.perf_counter()
 
         # reward
-        rewards, reward_parts = score_pictures(score, images, batch_prompts, run)
+        rewards, reward_parts = score(images, all_prompts[own])
         rewards = np.stack(gather(rewards), axis=1).flatten()  # in the order of all_prompts
-        reward_time = time.time()
+        rewarded = time.perf_counter()
 
         # train: each update takes all samples, with as many new draws of noise as there are steps
         weights, weight_metrics = compute_weights(rewards, all_prompts, args)
-        rollout = {
-            "latents": latents[:, -1],
-            "embeds": embeds,
-            "weights": torch.tensor(weights[rank::world_size]).to(latents),
-        }
+        rollout["weights"] = torch.tensor(weights[own]).to(rollout["latents"])
         updates = []
-        if not weights.any():
-            tqdm.write(f"iteration {iteration}: no sample has a weight, so there is no update")
-        for _ in range(args.num_updates if weights.any() else 0):
-            shape = (local_samples, args.num_steps, *latent_shape)
-            rollout["noise"] = randn_tensor(shape, generator=generators).to(args.device)
-            draws = (len(schedule.alphas_cumprod), (args.num_steps,))
-            timesteps = torch.stack([torch.randint(*draws, generator=g) for g in generators])
+        for _ in range(args.num_updates):
+            if not weights.any():
+                break
+            shape = (len(images), args.num_steps, *schedule.latent_shape)
+            rollout["noise"] = randn_tensor(shape, generator=generators[own]).to(args.device)
+            draws = (schedule.config.num_train_timesteps, (args.num_steps,))
+            timesteps = torch.stack([torch.randint(*draws, generator=g) for g in generators[own]])
             rollout["timesteps"] = timesteps.to(args.device)
             info = accumulate_gradients(pipe.unet, rollout, schedule, scaler, args)
+            if world_size > 1:
+                for p in params:
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad / world_size
+                    dist.all_reduce(p.grad)
             scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(params.values(), args.max_grad_norm).item()
+            grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
             is_finite = math.isfinite(grad_norm)  # in all processes or in none
             if is_finite:
                 scaler.step(optimizer)
             scaler.update()
-            state["skipped"] = 0 if is_finite else state["skipped"] + 1
-            if state["skipped"] == 10:
-                fail("10 updates in a row were not finite: start a new run with a lower --lr")
-            updates.append({**info, "grad_norm": grad_norm, "skipped": float(not is_finite)})
-        train_time = time.time()
+            info["grad_norm"] = grad_norm if is_finite else math.nan
+            info["skipped"] = float(not is_finite)
+            updates.append(info)
+        trained = time.perf_counter()
 
-        # log
+        # log: means over the updates of all processes
         row = {
             "iteration": iteration,
             "samples": iteration * args.num_samples,
             "reward_mean": float(rewards.mean()),
             "reward_std": float(rewards.std()),
+            "sample_s": sampled - start,
+            "reward_s": rewarded - sampled,
+            "train_s": trained - rewarded,
+            "images_per_s": args.num_samples / (sampled - start),
+            "peak_mem_gb": torch.cuda.max_memory_allocated() / 1e9,
         }
         if len(reward_parts) > 1:
-            for name, values in reward_parts.items():
-                row[f"reward_{name}"] = float(np.mean(gather(values)))
-        all_updates = sum(gather(updates), [])  # of all processes
-        for name in ("loss", "mse", "grad_norm", "skipped"):
-            values = [update[name] for update in all_updates if name in update]
-            if values:
-                row[name] = float(np.mean(values))
+            row |= {f"reward_{name}": float(np.mean(gather(x))) for name, x in reward_parts.items()}
+        all_updates = sum(gather(updates), [])
+        if updates:
+            for name in ("loss", "grad_norm", "skipped"):
+                row[name] = float(np.nanmean([info[name] for info in all_updates]))
+            num_pairs = sum(info["num_pairs"] for info in all_updates)
+            row["mse"] = sum(info["mse_sum"] for info in all_updates) / num_pairs
         row |= weight_metrics
-        row["sample_s"] = sample_time - start_time
-        row["reward_s"] = reward_time - sample_time
-        row["train_s"] = train_time - reward_time
-        row["images_per_s"] = args.num_samples / row["sample_s"]
-        row["peak_mem_gb"] = psutil.Process().memory_info().rss / 1e9
-        if args.device.startswith("cuda"):
-            row["peak_mem_gb"] = torch.cuda.max_memory_allocated(args.device) / 1e9
         rows.append(row)
-        seconds = train_time - start_time
-        left = seconds * (args.iterations - iteration) / 60
-        text = f"reward {row['reward_mean']:.3f} +- {row['reward_std']:.3f}"
-        tqdm.write(f"iteration {iteration}: {text}, {seconds:.1f} s, {left:.0f} min left")
-        progress.set_postfix_str(text, refresh=False)
-        progress.update()
+        text = f"reward {rewards.mean():.3f} +- {rewards.std():.3f}"
+        if not updates:
+            text += " (no sample has a weight: no update)"
+        say(f"iteration {iteration}: {text}, {trained - start:.1f} s")
 
-        # evaluate and save
-        stopped = any(gather(bool(signals)))  # the same in all processes
-        save = stopped or iteration == args.iterations or iteration % args.save_every == 0
-        if rank == 0 and save:
-            metrics = evaluate(
-                pipe, run, iteration, prompts, score, alignment, schedule, latent_shape, args
-            )
-            row.update(metrics)
-        if rank == 0:
-            with writing_to(run):
-                write_metrics(run, rows)
-                if save:
-                    state["scaler"] = scaler.state_dict()
-                    save_checkpoint(run, pipe, params, optimizer, state, args)
-        if tracker is not None:
-            tracker.log(row, step=iteration)
-            if save:
-                grid = tracker.Image(str(run / f"images/{iteration:04d}.png"))
-                tracker.log({"images": grid}, step=iteration)
-        if stopped:
-            break
-
-    progress.close()
     if rank == 0:
-        save_before_after(run, rows[-1]["iteration"])
-        before, after = rows[0]["eval_reward"], rows[-1]["eval_reward"]
-        print(f"{args.reward}: {before:.3f} -> {after:.3f} on fixed prompts and noise; see {run}")
-        if rows[-1]["iteration"] < args.iterations:
-            print(f"resume with: {resume_command(run)}")
-        elif done >= args.iterations:
-            print(f"already finished; to train longer: {resume_command(run)} --iterations N")
+        change = f"{rows[0]['eval_reward']:.3f} -> {rows[-1]['eval_reward']:.3f}"
+        say(f"{args.reward}: {change} on fixed prompts and noise; see {run}")
     if dist.is_initialized():
         dist.destroy_process_group()
+    if stopped_by:
+        sys.exit(128 + stopped_by)
     return run
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except FloatingPointError as error:
-        fail(f"{error}. Start a new run with --precision fp32 or a lower --lr")
-    except torch.OutOfMemoryError:
-        fail("out of GPU memory: take a smaller --micro-batch, or --gradient-checkpointing")
+    main(parse_args(), from_command_line=True)
