@@ -104,8 +104,7 @@ def load_policy(script, model, **changes):
 def run(script, out, model, **changes):
     """Run the main of a script (a module), for two short iterations. Returns the run folder."""
     small = {"num_samples": 4, "num_steps": 5, "iterations": 2, "save_every": 2, "device": "cpu"}
-    options = small | changes
-    return script.main(script.Args(out=str(out), model=str(model), **options))
+    return script.main(script.Args(out=str(out), model=str(model), **(small | changes)))
 
 
 def command(*words, cwd=ROOT, timeout=300):
