@@ -95,7 +95,7 @@ COLUMNS = {
 GAINS = {"eval_reward": "gain", "eval_align": "align_gain"}  # since iteration 0
 # for what matplotlib's own font lacks, Chinese prompts for instance
 FONTS = ["Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Hiragino Sans", "SimHei"]
-rcParams["font.family"] = ["DejaVu Sans", *(set(FONTS) & set(get_font_names()))]
+rcParams["font.family"] = ["DejaVu Sans"] + [name for name in FONTS if name in get_font_names()]
 rcParams["text.parse_math"] = False  # a prompt may have dollar signs
 rcParams["axes.grid"] = True
 rcParams["grid.alpha"] = 0.3
@@ -182,26 +182,22 @@ def name_task(reward):
     return " + ".join(sorted(terms))
 
 
-def read_prompts(run):
-    """The prompts of a run, none if it has no prompts.txt."""
-    path = run.folder / "prompts.txt"
+def read_prompts(path):
+    """One prompt per line, () without a file. splitlines would cut them at U+2028."""
     if not path.exists():
-        return []
-    # splitlines would cut prompts at U+2028
-    return path.read_text(encoding="utf-8").strip("\n").split("\n")
+        return ()
+    return tuple(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
 
 
 def label_runs(runs):
-    """Set the name of each run's setting: "DDPO-ISKL, lr 3e-4, kl coef 0.03".
-
-    It has the flags that are not at their defaults, and of the flags without a default here those
-    in which the runs of a script differ.
-    """
-    # by content: "animals" and a file with these names are the same prompts
+    """Set each run's label: the flags that are not at DEFAULTS, and others in which runs differ."""
+    # by content: a resumed run names a file with the prompts of the list that it began with
     names = {}
-    for run in sorted(runs, key=lambda run: run.args["prompts"] != "animals"):
+    for path in sorted((Path(__file__).parent / "prompts").glob("*.txt")):
+        names[read_prompts(path)] = path.stem
+    for run in runs:
         name = Path(run.args["prompts"]).stem
-        prompts = tuple(read_prompts(run))
+        prompts = read_prompts(run.folder / "prompts.txt")
         while prompts and prompts not in names and name in names.values():
             name += "'"
         run.args["prompts"] = names.setdefault(prompts, name) if prompts else name
@@ -594,9 +590,8 @@ def draw_contrast(runs: RunPaths = (Path("runs"),), out: Path = Path("contrast.p
         draw_mean(panels[1, 0], label, looks[label], [levels], scores)
     panels[1, 0].set(xlabel="contrast (kB)", ylabel="CLIP score as it is first reached")
     panels[1, 1].set_axis_off()
-    handles, labels = panels[0, 0].get_legend_handles_labels()
     note = "mean over n seeds (pairs of runs), 95 % interval"
-    panels[1, 1].legend(handles, labels, loc="center", title=note)
+    panels[1, 1].legend(*panels[0, 0].get_legend_handles_labels(), loc="center", title=note)
     figure.savefig(out)
     print(out)
 
@@ -656,7 +651,7 @@ def read_grid(run, iteration, kind):
     else:
         line = line[: len(line) // 2]
         count = round(line.shape[1] / len(line))  # squares; large grids were scaled down
-        prompts = read_prompts(run) or [f"prompt {i}" for i in range(count)]
+        prompts = read_prompts(run.folder / "prompts.txt") or [f"prompt {i}" for i in range(count)]
         # spread over the list, as in the scripts' evaluate
         spread = np.linspace(0, len(prompts) - 1, count).astype(int)
         captions = [prompts[i][:24] for i in spread]
