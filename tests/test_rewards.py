@@ -61,9 +61,6 @@ def values_of(spec, **options):
     return load_reward(spec, **options)(make_images(), PROMPTS)[0]
 
 
-# ---- values ----
-
-
 def cached(source, file):
     """Where the cache of the Hugging Face hub, or that of torch, has a file."""
     if source.startswith("http"):
@@ -216,9 +213,6 @@ def test_metrics_use_the_clip_of_the_reward_and_never_download(request):
         np.testing.assert_allclose(metrics["eval_align"], values_of("clip").mean(), rtol=1e-5)
 
 
-# ---- weights ----
-
-
 def test_a_download_is_made_once_and_checked(tmp_path, monkeypatch):
     write(tmp_path / "a+b.pth", "the head")
     monkeypatch.chdir(tmp_path)
@@ -234,32 +228,22 @@ def test_a_download_is_made_once_and_checked(tmp_path, monkeypatch):
             rewards.fetch(source, file)
 
 
-class Attack:
-    def __reduce__(self):
-        return os.mkdir, (os.environ["ATTACK"],)
-
-
 @pytest.mark.parametrize("name, reward", [("LAION", "aesthetic"), ("HPS", "hps")])
 def test_a_pickle_of_other_content_or_with_code_is_refused(
-    name, reward, small_open_clip, tmp_path, monkeypatch
+    name, reward, small_open_clip, monkeypatch
 ):
-    monkeypatch.setenv("ATTACK", str(tmp_path / "executed"))
     cached(*getattr(rewards, name))  # an empty file
     with pytest.raises(RewardError, match=f"{re.escape(getattr(rewards, name)[1])} is damaged or"):
         load_reward(reward)
-    save_pinned(monkeypatch, name, {"state_dict": Attack()})
+    save_pinned(monkeypatch, name, {"state_dict": os.system})
     with pytest.raises(pickle.UnpicklingError):
         load_reward(reward)
-    assert not (tmp_path / "executed").exists()
 
 
 def test_a_clip_folder_without_safetensors_is_refused(tmp_path):
-    write(tmp_path / "open_clip_config.json", Path(CLIP, "open_clip_config.json").read_text())
     with pytest.raises(RewardError, match="is not a CLIP folder: it has no open_clip_model"):
         load_reward("clip", clip_folder=str(tmp_path))
 
-
-# ---- the text of --reward ----
 
 SUMS = {
     "-compress": [(-1, "compress")],
@@ -298,8 +282,6 @@ def test_a_sum_equals_the_sum_of_its_parts(tmp_path):
     np.testing.assert_allclose(values, size - 1.5 * cosine + 0.2 * mean, rtol=1e-12)
 
 
-# ---- a user's own file ----
-
 USER_FILE = """
 from __future__ import annotations  # dataclasses then look for their module
 from dataclasses import dataclass
@@ -334,6 +316,7 @@ def test_a_users_function_class_and_modules_beside_it(tmp_path):
     np.testing.assert_allclose(parts["Red"], expected, rtol=1e-12)
     np.testing.assert_array_equal(images, make_images())
     assert prompts == PROMPTS
+    assert type(rewards.load_user_reward(path, "Red")) is sys.modules["user_file"].Red
     red = sys.modules["user_file"].Red(3.0)  # another process can import it by this name
     assert pickle.loads(pickle.dumps(red)) == red
 
@@ -353,13 +336,6 @@ def test_a_users_file_never_takes_the_name_of_another_module(tmp_path):
     assert before.items() <= sys.modules.items()
     write(path, text.format("12345"))  # edited
     assert values_of(f"{path}:f").tolist() == [12345] * 4
-
-
-def test_what_a_users_file_raises_keeps_its_traceback(tmp_path):
-    path = write(tmp_path / "broken.py", "x = 1\nx /= 0")
-    with pytest.raises(ZeroDivisionError) as caught:
-        load_reward(f"compress + {path}:f")
-    assert caught.traceback[-1].path == path
 
 
 MODES = """
@@ -404,7 +380,11 @@ fork = multiprocessing.get_context("fork")
 spawn = multiprocessing.get_context("spawn")
 
 def brightness(image):
-    time.sleep(0.01)
+    return float(image.mean())
+
+def interrupted(image):  # as by a terminal, and by Slurm
+    os.killpg(0, signal.SIGINT)
+    os.killpg(0, signal.SIGUSR1)
     return float(image.mean())
 
 def stopped(images, prompts):
@@ -416,12 +396,7 @@ def stopped(images, prompts):
 
 def pooled(images, prompts):
     with fork.Pool(1, maxtasksperchild=1) as pool:  # its thread forks a worker for each task
-        result = pool.map_async(brightness, images, chunksize=1)
-        if prompts[0] == "interrupt":  # as a terminal does, and Slurm
-            time.sleep(0.1)
-            os.killpg(0, signal.SIGINT)
-            os.killpg(0, signal.SIGUSR1)
-        return result.get()
+        return pool.map(interrupted if prompts[0] == "interrupt" else brightness, images, 1)
 
 def spawned(images, prompts):
     with spawn.Pool(1) as pool:
@@ -462,8 +437,6 @@ def test_a_reward_may_use_and_end_other_processes(tmp_path):
     assert (job.returncode, job.stderr) == (0, b"")
 
 
-# ---- what bad input gets ----
-
 MISBEHAVING = """
 import numpy as np
 import torch
@@ -487,7 +460,11 @@ MESSAGES = {
 }
 
 
-def test_a_reward_that_misbehaves(tmp_path):
+def test_what_does_not_fit_is_refused(tmp_path):
+    images = make_images()
+    for bad in (images / 255, images.transpose(0, 3, 1, 2), images[:3]):
+        with pytest.raises(RewardError, match=r"takes uint8 \(N, H, W, 3\) and N prompts"):
+            load_reward("compress")(bad, PROMPTS)
     path = write(tmp_path / "misbehaving.py", MISBEHAVING)
     for name, message in MESSAGES.items():
         with pytest.raises(RewardError, match=f"^reward '{path}:{name}' {message}") as caught:
@@ -502,18 +479,7 @@ def test_small_differences_of_large_rewards_stay(tmp_path):
     assert (parts["large"] - 1e9).tolist() == [0, 0.25, 0.5, 0]
 
 
-def test_images_and_prompts_that_do_not_fit():
-    images = make_images()
-    for bad in (images / 255, images.transpose(0, 3, 1, 2), images[:3]):
-        with pytest.raises(RewardError, match=r"takes uint8 \(N, H, W, 3\) and N prompts"):
-            load_reward("compress")(bad, PROMPTS)
-
-
-# ---- the command line ----
-
-
 def command(*words):
-    """Run `python rewards.py` as a user does."""
     words = [sys.executable, ROOT / "rewards.py", *words]
     return subprocess.run(words, capture_output=True, text=True, timeout=120)
 
