@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, STABLE_DIFFUSION, load_policy, make_pipeline
+from conftest import STABLE_DIFFUSION, load_policy, make_pipeline
 from diffusers import (
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -116,15 +116,6 @@ def test_stable_diffusions_own_pndm_config_gives_its_50_steps(pipe):
     assert sigma[-1].item() == pytest.approx(0.0206, abs=1e-4)
 
 
-def test_zero_terminal_snr_starts_from_pure_noise(pipe):
-    schedule = make_schedule(pipe, **ZERO_SNR)
-    abar, abar_prev, alpha, beta, sigma = schedule.tables
-    assert schedule.timesteps.tolist() == list(range(999, 0, -20))
-    assert abar[0] == 0 and alpha[0] == 0 and beta[0] == 1
-    assert sigma[0] == pytest.approx((1 - abar_prev[0]).sqrt().item())
-    assert schedule.tables.isfinite().all()
-
-
 @pytest.mark.parametrize(
     "options, num_steps, message",
     [
@@ -204,31 +195,6 @@ def test_log_prob_is_the_mean_of_the_normal_log_density_at_each_rows_own_step(pi
             assert torch.equal(all_rows[row], one_row)
 
 
-def test_a_step_without_noise_is_not_a_noisy_step(pipe):
-    schedule = make_schedule(pipe, num_steps=10, set_alpha_to_one=True)
-    assert schedule.noisy_steps.tolist() == list(range(9))
-    latents, noise_pred, noise = normal(3, 1, 4, 8, 8)
-    inputs = (noise_pred, latents, torch.tensor([9]), schedule)
-    next_latents, _, mean = step_with(*inputs, noise=noise)
-    assert mean.isfinite().all() and torch.equal(next_latents, mean)
-
-
-def test_guidance_mixes_both_predictions_of_the_same_latents_and_timesteps():
-    def unet(latents, t, embeds):
-        rows = latents.mean(dim=(1, 2, 3)) + 10 * t + embeds.mean(dim=(1, 2))
-        return SimpleNamespace(sample=rows.view(-1, 1, 1, 1).expand_as(latents).half())
-
-    latents = torch.stack([torch.full((4, 8, 8), 0.25), torch.full((4, 8, 8), 0.5)])
-    t = torch.tensor([1, 2])
-    uncond, text = torch.tensor([[1.0, 2.0], [4.0, 7.0]])
-    embeds = torch.stack([uncond, text]).view(2, 2, 1, 1).expand(2, 2, 3, 5)
-    noise_pred = ddpo_is.predict_noise(unet, latents, t, embeds, guidance_scale=5.0)
-    base = torch.tensor([0.25 + 10, 0.5 + 20])
-    expected = base + uncond + 5.0 * (text - uncond)
-    assert noise_pred.dtype == torch.float32
-    torch.testing.assert_close(noise_pred, expected.view(2, 1, 1, 1).expand(2, 4, 8, 8))
-
-
 # ---- the whole chain ----
 
 
@@ -249,8 +215,9 @@ def test_the_sampler_draws_what_diffusers_own_pipeline_draws(name, tmp_path):
     assert rollout["latents"].shape == (3, 9, 4, 8, 8) and rollout["log_probs"].shape == (3, 8)
     assert rollout["latents"].dtype == rollout["log_probs"].dtype == torch.float32
     torch.testing.assert_close(rollout["latents"][:, -1], expected, atol=1e-4, rtol=1e-4)
-    noisy = policy.schedule.noisy_steps
-    assert rollout["log_probs"][:, noisy].isfinite().all()
+    noisy_steps = policy.schedule.noisy_steps  # those that have a log-prob
+    assert len(noisy_steps) == (7 if name == "deterministic_last_step" else 8)
+    assert rollout["log_probs"][:, noisy_steps].isfinite().all()
 
     # the same noise with another prompt is another picture, at any guidance scale
     other = sample(policy, ["dog", "dog", "bee"])["latents"][:, -1]
@@ -375,55 +342,17 @@ def test_a_sample_does_not_depend_on_the_others_of_its_batch(tiny_sd, micro_batc
             torch.testing.assert_close(some[name], together[name][numbers], atol=atol, rtol=1e-4)
 
 
-# ---- precision ----
+# ---- the UNet ----
 
 
-@torch.no_grad()
-def score_steps(policy, rollout, steps):
-    """log_prob (N, len(steps)) of some steps of the trajectories."""
-    log_probs = []
-    for i in steps:
-        latents, next_latents = rollout["latents"][:, i], rollout["latents"][:, i + 1]
-        inputs = (latents, torch.full((len(latents),), i), rollout["embeds"])
-        settings = (policy.schedule, policy.args, next_latents)
-        log_probs.append(ddpo_is.ddpm_step(policy.unet, *inputs, *settings)[1])
-    return torch.stack(log_probs, dim=1)
-
-
-def test_the_noise_of_log_probs_by_precision():
-    """Rounding against the clip range of 1e-4, when each weight of models/emoji moves by 1e-6.
-
-    The true change is what fp32 shows, 3e-7. Over all 50 steps fp16 shows 4e-5 and bf16 4e-4: more
-    than the clip range, so that the clip would cut rounding noise. `ratio_err` cannot see this,
-    since the first update of an iteration repeats the forward passes of sampling exactly.
-    """
-    emoji = ROOT / "models/emoji"
-    rollout = sample(load_policy(ddpo_is, emoji, num_steps=50), ["cat", "fox"], [0, 1])
-    noise = {}
-    for precision in ("fp32", "fp16", "bf16"):
-        policy = load_policy(ddpo_is, emoji, num_steps=50, precision=precision)
-        steps = range(1, 50, 8)
-        before = score_steps(policy, rollout, steps)
-        assert torch.equal(score_steps(policy, rollout, [1])[:, 0], before[:, 0])
-        generator = torch.Generator().manual_seed(0)
-        for p in policy.params:
-            p.data += 1e-6 * torch.randn(p.shape, generator=generator).sign()
-        log_ratio = score_steps(policy, rollout, steps) - before
-        noise[precision] = log_ratio.abs().median().item()
-
-    assert 0 < noise["fp32"] < 1e-6
-    assert 1e-5 < noise["fp16"] < 1e-4
-    assert 1e-4 < noise["bf16"] < 2e-3
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("lora_rank", [0, 4])
-def test_a_copy_of_the_unet_has_weights_of_its_own(tiny_sd, lora_rank, precision):
+def test_a_copy_of_the_unet_has_weights_of_its_own(tiny_sd, lora_rank):
     """An average of the weights, or a frozen copy, is made with copy.deepcopy."""
-    policy = load_policy(ddpo_is, tiny_sd, lora_rank=lora_rank, precision=precision)
+    policy = load_policy(ddpo_is, tiny_sd, lora_rank=lora_rank, precision="bf16")
     inputs = (normal(2, 4, 8, 8), torch.tensor([5, 900]), normal(2, 2, 16, 128), 5.0)
     with torch.no_grad():
         before = ddpo_is.predict_noise(policy.unet, *inputs)
+        assert before.dtype == torch.float32
         duplicate = copy.deepcopy(policy.unet)
         assert torch.equal(ddpo_is.predict_noise(duplicate, *inputs), before)
         for p in policy.params:
