@@ -4,9 +4,8 @@ What is not known yet about the speed on a GPU, measured in one go of about 12 m
     python bench_gpu.py             # Stable Diffusion's shapes with random weights, fp16, LoRA
     python bench_gpu.py --tiny      # the same steps on the emoji model and a CPU: a rehearsal
 
-Each step appends a line to --results as it ends, and is skipped if its line is there: to go on
-after a stop, run the same command again. The steps of a group share a process and a model. If one
-crashes or hangs, its line says so, and the rest of its group starts again.
+Each step appends a line to --results, and is skipped if its line is there: to go on after a stop,
+run the same command again. If a step crashes or hangs, its line says so and the next one starts.
 """
 
 import importlib
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -26,17 +24,13 @@ import bench
 
 # a group: its seconds at most, its steps, what its model is loaded with
 GROUPS = {
-    "is": (100, "iteration kernels decode", {"num_samples": 16, "num_steps": 25}),
-    "switches": (
-        300,
-        "no_autocast cuda_graph no_grad_sampling contiguous cudnn_benchmark no_cudnn_attention "
-        "guidance_1 micro_batch_16 micro_batch_32 checkpointing",
-        {},
-    ),
+    "is": (100, "iteration decode", {"num_samples": 16, "num_steps": 25}),
+    "sampling": (200, "kernels no_autocast cuda_graph no_grad_sampling guidance_1 contiguous", {}),
+    "training": (200, "micro_batch_16 micro_batch_32 cudnn_benchmark no_cudnn_attention", {}),
     "compile": (240, "compile_blocks compile", {}),
-    "others": (200, "overflow nccl test_gpu", {}),
+    "checks": (200, "checks test_gpu", {}),
     "iskl": (100, "iteration_iskl", {"num_samples": 16, "num_steps": 25}),
-    "full": (60, "iteration_full", {"lora_rank": 0}),
+    "full": (90, "iteration_full checkpointing", {"lora_rank": 0}),
     "fp32": (60, "iteration_fp32", {"precision": "fp32", "micro_batch": 4}),
 }
 
@@ -44,13 +38,13 @@ GROUPS = {
 @dataclass
 class GpuArgs:
     results: str = "bench_gpu.jsonl"
-    """file with a line per step"""
+    """file with a line of JSON per step"""
     minutes: float = 12.0
     """time for all steps; what has not ended by then is left for the next call"""
     tiny: bool = False
     """the emoji model in a few short steps"""
     group: str | None = None
-    """run the steps of this group in this process; the script passes it to itself"""
+    """run only this group, in this process"""
 
 
 def time_iteration(policy):
@@ -67,16 +61,6 @@ def time_iteration(policy):
         "gb": [sample_gb, train_gb],
         "ratio_err": info["ratio_err"],
     }
-
-
-def compare(policy, name):
-    """A candidate off (the script as it is) and on, in turns. The first of each warms up."""
-    rows = {"off": [], "on": []}
-    for key in ("off", "on", "off", "on", "off", "on"):
-        switch(policy, name, key == "on")
-        rows[key].append(time_iteration(policy))
-    switch(policy, name, False)
-    return rows
 
 
 def switch(policy, name, on):
@@ -98,7 +82,7 @@ def switch(policy, name, on):
         for module in unet.modules():
             module._compiled_call_impl = None
         torch._dynamo.config.recompile_limit = 64  # the blocks have one code and many shapes
-        backend = "inductor" if bench.DEVICE == "cuda" else "eager"  # minutes on a CPU
+        backend = "inductor" if bench.DEVICE == "cuda" else "eager"  # a CPU takes minutes
         if on and name == "compile":
             unet.compile(backend=backend)
         elif on:
@@ -121,10 +105,10 @@ def switch(policy, name, on):
 
 def capture(policy):
     """predict_noise as a CUDA graph: all kernels of a sampling step in one launch."""
-    n = policy.args.micro_batch
     rollout = bench.sample(policy)
-    t = policy.schedule.timesteps[:1].repeat(n)
-    buffers = [rollout["latents"][:n, 0].clone(), t, rollout["embeds"][:, :n].clone()]
+    latents = rollout["latents"][: policy.args.micro_batch, 0].clone()
+    embeds = rollout["embeds"][:, : len(latents)].clone()
+    buffers = [latents, policy.schedule.timesteps[:1].repeat(len(latents)), embeds]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # gradients are on: the kernels are those of training
         captured = policy.predict_noise(policy.pipe.unet, *buffers, policy.args.guidance_scale)
@@ -139,53 +123,39 @@ def capture(policy):
 
 
 def kernels(policy):
-    """The 25 kernels that take longest to score a microbatch, and to train on it."""
+    """The 25 kernels that take longest in sampling, and in training."""
     rollout = bench.sample(policy)
-    index = torch.arange(policy.args.micro_batch, device=bench.DEVICE)
-    latents, next_latents = rollout["latents"][index, :2].unbind(dim=1)
-    inputs = (policy.pipe.unet, latents, 0 * index, rollout["embeds"][:, index], policy.schedule)
+    bench.train(policy, rollout)  # warms up
     tables = []
-    for backward in (False, True, False, True):  # the first two warm up
+    for function in (lambda: bench.sample(policy), lambda: bench.train(policy, rollout)):
         with profile() as profiler:
-            _, log_prob, _ = policy.script.ddpm_step(*inputs, policy.args, next_latents)
-            if backward:
-                log_prob.mean().backward()
+            function()
         sort_by = f"self_{bench.DEVICE}_time_total"
         tables.append(profiler.key_averages().table(sort_by=sort_by, row_limit=25))
-    return tables[2:]
+    return tables
 
 
 def decode(policy):
     """Seconds to decode 4 pictures, and peak GB."""
+    vae = policy.pipe.vae
     latents = bench.sample(policy)["latents"][:4, -1]
     rows = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         with torch.autocast(bench.DEVICE, dtype, enabled=dtype != torch.float32):
-            run = partial(policy.script.decode, policy.pipe.vae, latents)
-            rows[str(dtype)] = bench.measure(run, repeats=1)
+            rows[str(dtype)] = bench.measure(lambda: policy.script.decode(vae, latents), repeats=1)
     return rows
 
 
-def overflow(policy):
-    """The largest change of a weight by an update that overflows, and the scale after it."""
+def checks(policy):
+    """The largest change of a weight by an update that overflows, the scale; a group of one."""
     policy.optimizer.param_groups[0]["lr"] = 1e-3
     policy.scaler = torch.amp.GradScaler(bench.DEVICE, init_scale=2.0**100)
     before = [p.detach().clone() for p in policy.params]
     bench.train(policy, bench.sample(policy))
     moved = max((p - old).abs().max().item() for p, old in zip(policy.params, before))
-    return [moved, policy.scaler.get_scale()]
-
-
-def nccl(policy):
-    """What the scripts send between processes, in a group of one."""
     dist.init_process_group(init_method="tcp://127.0.0.1:29511", rank=0, world_size=1)
-    dist.all_reduce(policy.params[0].detach().clone())
-    return [dist.get_backend(), policy.script.gather({"name": [1.0, 2.0]})]
-
-
-def test_gpu(policy):
-    words = [sys.executable, "-m", "pytest", "-q", str(bench.HERE / "tests/test_gpu.py")]
-    return subprocess.run(words, capture_output=True, text=True).stdout.splitlines()[-20:]
+    dist.all_reduce(before[0])
+    return [moved, policy.scaler.get_scale(), policy.script.gather("gathered")]
 
 
 def get_missing(args, group):
@@ -204,7 +174,7 @@ def write_line(args, name, start, result):
 
 
 def run_group(args):
-    """The steps of args.group that have no line yet."""
+    """Run the steps of args.group that have no line yet."""
     script = importlib.import_module("ddpo_iskl" if args.group == "iskl" else "ddpo_is")
     options = {"num_samples": 32, "num_steps": 3, "num_updates": 1, "micro_batch": 8}
     options |= {"lora_rank": 4, "precision": "fp16"} | GROUPS[args.group][2]
@@ -215,15 +185,22 @@ def run_group(args):
     policy.forward = policy.pipe.unet.forward
     policy.draw = script.predict_noise  # in sampling
     policy.predict_noise = script.predict_noise
-    own = {f.__name__: f for f in (kernels, decode, overflow, nccl, test_gpu)}
+    own = {"kernels": kernels, "decode": decode, "checks": checks}
     for name in get_missing(args, args.group):
         start = time.perf_counter()
         if name in own:
             result = own[name](policy)
+        elif name == "test_gpu":
+            words = [sys.executable, "-m", "pytest", "-q", str(bench.HERE / "tests/test_gpu.py")]
+            result = subprocess.run(words, capture_output=True, text=True).stdout[-2000:]
         elif name.startswith("iteration"):
             result = [time_iteration(policy), time_iteration(policy)]  # the first warms up
         else:
-            result = compare(policy, name)
+            result = {"off": [], "on": []}
+            for key in ("off", "on", "off", "on", "off", "on"):  # the first of each warms up
+                switch(policy, name, key == "on")
+                result[key].append(time_iteration(policy))
+            switch(policy, name, False)
         write_line(args, name, start, result)
 
 
@@ -232,12 +209,12 @@ def main(args):
         return run_group(args)
     deadline = time.perf_counter() + 60 * args.minutes
     for group, (seconds, _, _) in GROUPS.items():
-        while get_missing(args, group):
+        while get_missing(args, group) and time.perf_counter() < deadline - 20:
             start = time.perf_counter()
-            if start > deadline - 20:
-                return print("the time is over")
-            words = [sys.executable, *sys.argv, "--group", group]
             timeout = min(seconds, deadline - start)
+            words = [sys.executable, __file__, "--results", args.results, "--group", group]
+            if args.tiny:
+                words.append("--tiny")
             try:
                 process = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=timeout)
                 error = process.stderr[-300:]
