@@ -4,19 +4,13 @@ The sampler is the same in all five scripts (test_scripts_in_sync.py); ddpo_is.p
 """
 
 import copy
-import itertools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import STABLE_DIFFUSION, load_policy, make_pipeline
-from diffusers import (
-    DDIMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-)
+from diffusers import DDIMScheduler, EDMEulerScheduler, PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 import ddpo_is
@@ -100,14 +94,7 @@ def step_with(noise_pred, latents, step, schedule, **options):
 
 def test_stable_diffusions_own_pndm_config_gives_its_50_steps(pipe):
     """v1.4 ships a PNDMScheduler, read as a DDIMScheduler: 981, 961, ..., 1, as in the paper."""
-    pipe.scheduler = PNDMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        set_alpha_to_one=False,
-        skip_prk_steps=True,
-        steps_offset=1,
-    )
+    pipe.scheduler = PNDMScheduler.from_config(STABLE_DIFFUSION, skip_prk_steps=True)
     schedule = ddpo_is.make_schedule(pipe, ddpo_is.Args(device="cpu"))
     sigma = schedule.tables[4]
     assert schedule.timesteps.tolist() == list(range(981, 0, -20))
@@ -139,7 +126,7 @@ def test_schedules_that_would_run_but_not_as_trained_are_refused(pipe, options, 
 def test_models_that_are_not_ddpms_are_refused(pipe):
     pipe = copy.deepcopy(pipe)
     args = ddpo_is.Args(device="cpu")
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe.scheduler = EDMEulerScheduler()
     with pytest.raises(SystemExit, match="no betas"):
         ddpo_is.make_schedule(pipe, args)
     pipe.unet.register_to_config(time_cond_proj_dim=256)
@@ -298,8 +285,6 @@ def test_evaluate_shows_and_measures_what_diffusers_own_pipeline_draws(tiny_sd, 
         callback_on_step_end=keep,
     )
     rewards, images, scored_prompts, all_prompts = evaluate(policy, tmp_path, prompts)
-    differences = [np.abs(a - b).mean() for a, b in itertools.combinations(expected, 2)]
-    assert min(differences) > 0.05  # so the order of the prompts and noises matters
     assert np.abs(grid_cells(tmp_path / "images/0003.png") - expected[:6]).max() < 1.5 / 255
     assert np.abs(images / 255 - expected[:6]).max() < 1.5 / 255
     assert scored_prompts == chosen and all_prompts == prompts
