@@ -43,7 +43,7 @@ def pipe():
 
 
 def test_its_names_are_the_prompts_of_the_scripts_and_one_token_each(pipe):
-    assert set(pretrain.NAMES) == {*ddpo_is.ANIMALS.split(), "elephant"}
+    assert set(pretrain.NAMES) == {*ddpo_is.load_prompts("animals"), "elephant"}
     for name in pretrain.NAMES:
         assert len(pipe.tokenizer(name).input_ids) == 3  # start, the animal, end
 
