@@ -8,7 +8,7 @@ prompts a list of N strings, rewards N numbers. More is better. `--reward` takes
     my_reward.py:redness              a function of your own file, or a class to make one
     "aesthetic + 0.5*clip - compress" a weighted sum of these
 
-Your own file needs two lines. It can import modules that lie beside it, and use a process pool.
+Your own file needs two lines, and may import modules beside it or use a process pool:
 
     def redness(images, prompts):
         return images[..., 0].mean(axis=(1, 2))
@@ -18,7 +18,7 @@ To score pictures that you have:
     python rewards.py --reward my_reward.py:redness cat.png dog.png
     python rewards.py --reward clip --clip-folder models/emoji/clip --prompt "a cat" cat.png
 
-To add a reward for good, write a factory (device) -> reward and add it to the table REWARDS.
+To add one for good, write a factory (device) -> reward and add it to the table REWARDS.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-# torch, open_clip and the like are imported where they are needed, so `--list` is quick.
+# torch and open_clip are imported where they are needed, so `--list` is quick
 
 
 class RewardError(ValueError):
@@ -49,10 +49,8 @@ class RewardError(ValueError):
 # ---- weights: downloaded once, then read from the disk ----
 
 CLIP_L = ("timm/vit_large_patch14_clip_224.openai", "open_clip_model.safetensors")
-LAION = (
-    "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/",
-    "sac+logos+ava1-l14-linearMSE.pth",
-)
+LAION_URL = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
+LAION = (LAION_URL, "sac+logos+ava1-l14-linearMSE.pth")
 LAION_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
 HPS = ("xswu/HPSv2", "HPS_v2.1_compressed.pt")
 HPS_SHA256 = "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837"
@@ -60,10 +58,9 @@ PICKSCORE = "yuvalkirstain/PickScore_v1"
 
 
 def fetch(source, file, sha256=None):
-    """Local path of a file of weights, downloaded if it is not there.
+    """Local path of a file of weights from a repository of the hub or a URL, downloaded once.
 
-    source: a repository of the Hugging Face hub, or a URL that ends in "/". sha256 pins the content
-    of a file that is not in safetensors format.
+    sha256 pins the content of a file that is not in safetensors format.
     """
     import huggingface_hub
     import torch
@@ -162,7 +159,6 @@ def clip(device, folder=None):
 
 def hps(device):
     """Human Preference Score v2.1, a cosine of about 0.2 to 0.35 (ViT-H-14, 1.97 GB)."""
-    # https://github.com/tgxs002/HPSv2
     weights = fetch(*HPS, HPS_SHA256)  # its authors pad the picture to a square ("longest")
     embed_images, embed_texts = load_open_clip(str(device), "ViT-H-14", weights, "longest")
     return lambda images, prompts: (embed_images(images) * embed_texts(prompts)).sum(-1)
@@ -170,7 +166,6 @@ def hps(device):
 
 def aesthetic(device):
     """LAION's aesthetics predictor on CLIP ViT-L-14, about 1 to 10 (1.71 GB + 3.7 MB)."""
-    # https://github.com/christophschuhmann/improved-aesthetic-predictor
     import torch
 
     weights = torch.load(fetch(*LAION, LAION_SHA256), map_location=device, weights_only=True)
@@ -220,8 +215,8 @@ REWARDS = {
 def import_file(path, mtime):
     """Import a Python file, once for each version, and put its folder at the end of sys.path.
 
-    The module has the name that `import` would give it, so that the processes of a pool find its
-    functions. If that name is taken (json.py, rewards.py), it gets another one.
+    It has the name that `import` would give it, by which a pool's processes find its functions,
+    unless that is taken (json.py, rewards.py).
     """
     sys.path.append(str(path.parent))
     importlib.invalidate_caches()
@@ -270,27 +265,25 @@ def unchanged_process():
 def guard_forks():
     """Keep the signal handlers of this process out of those that it forks. Once is enough.
 
-    A script only takes note of SIGTERM. A worker that did so would survive Pool.terminate(), and
-    join() would wait for ever. Workers ignore SIGINT and SIGUSR1, which reach all processes of a
-    job: the script needs its workers to finish the iteration. During a fork all three wait.
+    A script only takes note of SIGTERM; a worker like that survives Pool.terminate(). Workers
+    ignore SIGINT and SIGUSR1, as the script needs them to finish the iteration. Forks block all.
     """
     saved = threading.local()  # any thread may fork
 
-    def before():
+    def block():
         numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
         saved.mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
 
-    def after_in_parent():
+    def restore():
         signal.pthread_sigmask(signal.SIG_SETMASK, saved.mask)
 
-    def after_in_child():
+    def reset():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_SETMASK, saved.mask)
+        restore()
 
-    os.register_at_fork(before=before)
-    os.register_at_fork(after_in_parent=after_in_parent, after_in_child=after_in_child)
+    os.register_at_fork(before=block, after_in_parent=restore, after_in_child=reset)
 
 
 # ---- the text of --reward, and what it computes ----
@@ -386,10 +379,9 @@ def evaluate(name, fn, images, prompts):
 def load_metrics(spec, device="cpu", clip_folder=None):
     """Evaluation metrics: measure(rewards, images, prompts, names) -> {column: float}.
 
-    eval_reward and its standard error; eval_diversity, the mean distance of the two halves of
-    `images`, which show the same prompts; eval_align, 100 x the cosine of picture and prompt;
-    eval_top1, how often the prompt has the largest cosine of all `names`, which contain it. The
-    last two need the CLIP in clip_folder or that of a reward in `spec`: nothing is downloaded.
+    eval_reward, its standard error; eval_diversity, the mean distance between the halves of images,
+    which have the same prompts; eval_align, 100 x the cosine of picture and prompt, and eval_top1,
+    how often it is the largest of all names, with the CLIP of clip_folder or of `spec`, if here.
     """
     has_clip = os.path.isdir(clip_folder or "")
     if not has_clip and {name for _, name in parse(spec)} & {"clip", "aesthetic"}:
@@ -402,11 +394,10 @@ def load_metrics(spec, device="cpu", clip_folder=None):
 
     def measure(rewards, images, prompts, names):
         first, second = np.split(images / 255, 2)
-        distances = np.sqrt(((first - second) ** 2).mean(axis=(1, 2, 3)))
         metrics = {
             "eval_reward": rewards.mean(),
             "eval_reward_se": rewards.std(ddof=1) / np.sqrt(len(rewards)),
-            "eval_diversity": distances.mean(),
+            "eval_diversity": np.sqrt(((first - second) ** 2).mean(axis=(1, 2, 3))).mean(),
         }
         if has_clip:
             names = list(dict.fromkeys(names))  # a name that is listed twice has no rival in itself
