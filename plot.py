@@ -392,7 +392,7 @@ def make_rows(runs, points, baseline, read):
             if baseline is None and values["samples"]:
                 row |= show_values(values)
             elif values["samples"] and others["samples"] and partner != (task, label):
-                row |= show_differences(values, others, is_contrast or point < 100)
+                row |= show_differences(values, others, paired=point < 100)
             else:
                 continue
             if is_contrast:
