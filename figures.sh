@@ -1,216 +1,110 @@
 #!/usr/bin/env bash
-# The exact commands of the whole set of runs and their figures. A finished run is skipped, an
-# unfinished one is resumed, so this script can be interrupted and started again.
+# The commands of the published runs and of their figures. A finished run is skipped and an
+# interrupted one is resumed, so this script can be stopped and started again.
 #
-#   ./figures.sh --dry-run             print the commands, run nothing
-#   ./figures.sh                       all sets, about 20 hours on 2 cores, then the figures
-#   ./figures.sh table1 small_lr       these sets alone, then the figures
-#   ./figures.sh plots                 the figures alone, from the runs that are there
-#   JOBS=2 SEEDS="1 2" ./figures.sh    two runs at a time, fewer seeds
-#   JOBS=15 ./figures.sh               on one large GPU with 16 CPU cores (15 runs took 52 GB)
-#   ./figures.sh --gpu table1          the paper's own model and tasks: Stable Diffusion v1.4
-#
-# SEEDS (1 2 3 4 5; a set that needs three takes the first three), JOBS (1), OUT (runs/figures),
-# PYTHON (python)
+#   ./figures.sh --dry-run                print the commands, run nothing
+#   ./figures.sh                          all runs, about 13 hours on 2 cores, then the figures
+#   ./figures.sh table1 small_lr          the runs of these sets, then the figures they suffice for
+#   OUT=results ./figures.sh figures      only the figures, here those of the published runs
+#   JOBS=2 ./figures.sh                   two runs at a time
+#   ITERATIONS=20 OUT=runs/short ./figures.sh bad_lr    shorter runs
+#   FLAGS="--model CompVis/stable-diffusion-v1-4" OUT=runs/sd ./figures.sh table1
 set -euo pipefail
+shopt -s nullglob
 cd "$(dirname "$0")"
-SEEDS=${SEEDS:-1 2 3 4 5}
-JOBS=${JOBS:-1}
 OUT=${OUT:-runs/figures}
+JOBS=${JOBS:-1}
 PYTHON=${PYTHON:-python}
-MODEL="models/emoji --precision fp32"
-TASKS="compress incompress"
-ALL_SETS="table1 one_update small_lr bad_lr clip kl rwr rwr_printed rwr_many"
-DRY_RUN=""
-SETS=""
+FLAGS=${FLAGS:---model models/emoji --precision fp32}
 
-for word in "$@"; do
-  case $word in
-    --dry-run) DRY_RUN=yes ;;
-    --gpu)
-      MODEL=CompVis/stable-diffusion-v1-4
-      TASKS="compress incompress aesthetic"
-      OUT=$OUT/gpu
-      ;;
-    table1 | one_update | small_lr | bad_lr | clip | kl | rwr | rwr_printed | rwr_many | plots) SETS="$SETS $word" ;;
-    *)
-      echo "unknown word $word: --dry-run, --gpu, plots, or a set: $ALL_SETS" >&2
-      exit 2
-      ;;
-  esac
-done
-SETS=${SETS:-$ALL_SETS}
-FEW_SEEDS=$(echo $SEEDS | cut -d' ' -f1-3)
+# set            scripts            rewards              seeds  iterations and flags
+# squared_kl has a third form, the term as printed: it needs the patch in docs/paper.md
+RUNS="
+table1           ddpo_sf            compress,incompress  1-5    200 --num-updates 4 --lr 3e-4
+table1           ddpo_is,ddpo_iskl  compress,incompress  1-5    200
+small_lr         ddpo_sf            compress,incompress  1-3    100
+small_lr         ddpo_is            compress,incompress  1-3    200 --lr 1e-4
+small_lr         ddpo_iskl          compress,incompress  1-3    100 --num-updates 1 --lr 1e-4
+bad_lr           ddpo_iskl          compress             1-5    50 --lr 3e-3
+one_update       ddpo_sf            compress,incompress  1-5    50 --lr 3e-4
+squared_kl       ddpo_iskl          compress             1-3    30 --num-steps 20 --num-updates 1
+squared_kl       ddpo_iskl          compress             1-3    30 --num-steps 20 --num-updates 2
+squared_kl       ddpo_iskl          compress             1-3    30 --num-steps 20 --num-updates 1 --kl squared --kl-coef 7.7
+squared_kl       ddpo_iskl          compress             1-3    30 --num-steps 20 --num-updates 2 --kl squared --kl-coef 7.7
+rwr              rwr                compress,incompress  1-3    100
+rwr              rwr_sparse         compress,incompress  1-3    60
+rwr              rwr                incompress           1-3    30 --no-center-weights
+rwr_printed      rwr,rwr_sparse     compress,incompress  1-3    30 --lr 1e-4 --no-center-weights
+rwr_printed      rwr                compress             1-3    30 --lr 1e-4 --no-center-weights --beta 0
+clip             ddpo_sf,ddpo_is,ddpo_iskl  clip         1-3    40
+kl               ddpo_iskl          compress,incompress  1-3    30 --kl-coef 0
+kl               ddpo_iskl          compress,incompress  1-3    30 --kl-coef 0.01
+main_command_70  ddpo_iskl          compress             1-1    70
+permuted         ddpo_is,ddpo_iskl,rwr  results/permuted/permuted.py:compress  1-3  60
+permuted         ddpo_is            results/permuted/permuted.py:compress      1-3  60 --lr 1e-4
+fresh            ddpo_is            compress,incompress  6-10   60 --lr 1e-4
+fresh            rwr                compress,incompress  6-10   60
+"
 
-# run SET SCRIPT REWARD SEED ITERATIONS FLAGS...: print the command, or nothing if it is finished
+# the arguments of plot.py; @ is OUT
+FIGURES="
+pictures @/table1/*/*__s1__* --out @/figure1.png
+pictures @/table1/*/*__compress__s1__* --prompt 0 10 20 --out @/figure2.png
+curves @/table1 --metric eval_reward eval_align --limits 1.8 3.4 --out @/figure3.png
+curves @/table1/ddpo_iskl/*__compress__* @/bad_lr --x iteration --last 50 --out @/figure3b.png
+pictures @/table1/*/*__compress__s1__* --across steps --out @/figure4.png
+pictures @/bad_lr/*/*__s1__* --across steps --iteration 0 10 30 50 --out @/figure5.png
+curves @/table1/ddpo_is @/table1/ddpo_iskl @/small_lr --x eval_align --out @/tradeoff.png
+contrast @/table1/ddpo_is @/table1/ddpo_iskl @/small_lr/ddpo_is-* @/small_lr/ddpo_sf* @/rwr/rwr --out @/contrast.png
+pictures @/table1/ddpo_is*/*__compress__s1__* @/small_lr/ddpo_is-*/*__compress__s1__* --across prompts --prompt 0 1 4 6 9 11 14 15 --out @/before_after.png
+"
+
+# SCRIPT REWARD SEED PARENT ITERATIONS FLAGS...: the command of a run, or nothing if it is finished
 run() {
-  local set=$1 script=$2 reward=$3 seed=$4 iterations=$5
-  shift 5
-  local parent=$OUT/$set/$script$(printf '%s' "$@" | tr -cd 'a-zA-Z0-9.-')
-  local folder last
-  for folder in "$parent/${script}__${reward}__s${seed}__"*; do
-    [ -f "$folder/args.json" ] || continue
-    last=$(tail -n 1 "$folder/metrics.csv" 2>/dev/null | cut -d, -f1)
-    if [ "$last" = "$iterations" ] && [ -d "$folder/checkpoint" ]; then
-      echo "finished: $folder" >&2
-    else
-      echo "$PYTHON $script.py --resume $folder"
-    fi
-    return
-  done
-  echo "$PYTHON $script.py --reward $reward --seed $seed --iterations $iterations" \
-    "--model $MODEL --out $parent $*"
+  local script=$1 reward=$2 seed=$3 parent=$4 iterations=${ITERATIONS:-$5}
+  local command=("$PYTHON" "$script.py")
+  local found=("$parent/${script}__${reward##*:}__s${seed}__"*)
+  if ((${#found[@]})); then
+    last=$(tail -n 1 "${found[0]}/metrics.csv" 2>/dev/null | cut -d, -f1) || last=0
+    ((last < iterations)) || return 0
+    command+=(--resume "${found[0]}" --iterations "$iterations")
+  else
+    command+=(--reward "$reward" --seed "$seed" --iterations "$iterations" $FLAGS "${@:6}")
+    command+=(--out "$parent")
+  fi
+  printf '%q ' "${command[@]}"
+  echo
 }
 
-# Table 1 as it is printed: Figures 1 to 4
-table1() {
-  local seed task
-  for seed in $SEEDS; do
-    for task in $TASKS; do
-      run table1 ddpo_sf "$task" "$seed" 200 --num-updates 4 --lr 3e-4
-      run table1 ddpo_is "$task" "$seed" 200
-      run table1 ddpo_iskl "$task" "$seed" 200
-    done
-  done
-}
-
-# one update per iteration, as the paper's own code is configured
-one_update() {
-  local seed task
-  for seed in $SEEDS; do
-    for task in $TASKS; do
-      run one_update ddpo_sf "$task" "$seed" 200 --num-updates 1 --lr 3e-4
-      run one_update ddpo_is "$task" "$seed" 200 --num-updates 1
-    done
-  done
-}
-
-# SF as the unbiased estimator with a small step, IS with the same step as its control, and ISKL
-# with both
-small_lr() {
-  local seed task
-  for seed in $FEW_SEEDS; do
-    for task in $TASKS; do
-      run small_lr ddpo_sf "$task" "$seed" 200 --num-updates 1 --lr 1e-4
-      run small_lr ddpo_is "$task" "$seed" 200 --lr 1e-4
-      run small_lr ddpo_iskl "$task" "$seed" 200 --num-updates 1 --lr 1e-4
-    done
-  done
-}
-
-# the paper's bad learning rate: Figures 3b and 5
-bad_lr() {
-  local seed
-  for seed in $SEEDS; do
-    run bad_lr ddpo_iskl compress "$seed" 200 --lr 3e-3
-  done
-}
-
-# the CLIP score as the reward, in place of the paper's third task
-clip() {
-  local seed script
-  for seed in $FEW_SEEDS; do
-    for script in ddpo_sf ddpo_is ddpo_iskl; do
-      run clip "$script" clip "$seed" 100
-    done
-  done
-}
-
-# the weight of the KL penalty; 0 is IS with its KL logged
-kl() {
-  local seed task coefficient
-  for seed in $FEW_SEEDS; do
-    for task in compress incompress; do
-      for coefficient in 0 0.001 0.003 0.01 0.03; do
-        run kl ddpo_iskl "$task" "$seed" 100 --kl-coef "$coefficient"
+commands() {
+  while read -r set scripts rewards seeds iterations flags; do
+    [[ " ${*:-$set} " == *" $set "* ]] || continue
+    for script in ${scripts//,/ }; do
+      for reward in ${rewards//,/ }; do
+        for seed in $(seq ${seeds/-/ }); do
+          run "$script" "$reward" "$seed" "$OUT/$set/$script${flags// /}" "$iterations" $flags
+        done
       done
     done
-  done
+  done <<<"${RUNS:1:-1}"
 }
 
-# the RWR pair at its defaults but for the iterations, and without the baseline
-rwr() {
-  local seed task
-  for seed in $FEW_SEEDS; do
-    for task in compress incompress; do
-      run rwr rwr "$task" "$seed" 100
-      run rwr rwr_sparse "$task" "$seed" 100
-    done
-    run rwr rwr incompress "$seed" 100 --no-center-weights
-  done
+figures() {
+  while read -r arguments; do
+    echo "$PYTHON plot.py ${arguments//@/$(printf %q "$OUT")}"
+  done <<<"${FIGURES:1:-1}"
 }
 
-# Algorithms 1 and 2 as printed, and their control: with equal weights
-rwr_printed() {
-  local seed task
-  local flags="--lr 1e-4 --no-center-weights"
-  for seed in $FEW_SEEDS; do
-    for task in compress incompress; do
-      run rwr_printed rwr "$task" "$seed" 200 $flags
-      run rwr_printed rwr_sparse "$task" "$seed" 200 $flags
-    done
-    run rwr_printed rwr compress "$seed" 200 $flags --beta 0
-  done
-}
-
-# the same with many samples
-rwr_many() {
-  local seed task
-  local flags="--prompts results/rwr_many/eight.txt --guidance-scale 1 --num-samples 256
-    --samples-per-prompt 32 --num-updates 8 --lora-rank 32 --lr 5e-4 --save-every 1
-    --no-center-weights"
-  for seed in $FEW_SEEDS; do
-    for task in compress incompress; do
-      run rwr_many rwr "$task" "$seed" 6 $flags --beta 100
-      run rwr_many rwr_sparse "$task" "$seed" 6 $flags --quantile 0.96
-    done
-  done
-}
-
-# the figures and tables of the sets that have runs; rows of pictures are those of the first seed
-plots() {
-  local first=${SEEDS%% *}
-  local pictures="$OUT/table1/*/*__compress__s${first}__*"
-  if [ -n "$DRY_RUN" ] || [ -d "$OUT/table1" ]; then
-    echo "$PYTHON plot.py curves $OUT/table1 --out $OUT/figure3.png"
-    echo "$PYTHON plot.py progress $OUT/table1/*/*__s${first}__* --out $OUT/figure1.png"
-    echo "$PYTHON plot.py progress $pictures --prompt-index 0 10 20 --out $OUT/figure2.png"
-    echo "$PYTHON plot.py trajectory $pictures --out $OUT/figure4.png"
-  fi
-  if [ -n "$DRY_RUN" ] || [ -d "$OUT/bad_lr" ]; then
-    echo "$PYTHON plot.py curves $OUT/table1/ddpo_iskl/*__compress__* $OUT/bad_lr" \
-      "--x iteration --out $OUT/figure3b.png"
-    echo "$PYTHON plot.py trajectory $OUT/bad_lr/*/*__s${first}__*" \
-      "--iteration 0 50 100 200 --out $OUT/figure5.png"
-  fi
-  if [ -n "$DRY_RUN" ] || [ -d "$OUT/small_lr" ]; then
-    echo "$PYTHON plot.py tradeoff $OUT/table1/ddpo_is* $OUT/small_lr --baseline 'DDPO-IS, lr 3e-4' --out $OUT/tradeoff.png"
-    echo "$PYTHON plot.py equal $OUT/table1 $OUT/small_lr --baseline 'DDPO-IS, lr 3e-4' --out $OUT/equal.md"
-  fi
-  if [ -n "$DRY_RUN" ] || [ -d "$OUT/rwr" ]; then
-    echo "$PYTHON plot.py tradeoff $OUT/small_lr/ddpo_is* $OUT/table1/ddpo_iskl $OUT/rwr/rwr $OUT/rwr/rwr_sparse --out $OUT/rwr.png"
-  fi
-  if [ -n "$DRY_RUN" ] || [ -d "$OUT/kl" ]; then
-    echo "$PYTHON plot.py tradeoff $OUT/kl --x kl_ref --baseline 'DDPO-ISKL, kl coef 0' --out $OUT/kl.png"
-  fi
-  echo "$PYTHON plot.py table $OUT --out $OUT/table.md"
-}
-
-if [ -n "$DRY_RUN" ]; then
-  for name in $SETS; do
-    $name
-  done
-  plots
-else
-  # two threads each would stall one another
-  [ "$JOBS" -gt 1 ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-  failed=""
-  for name in $SETS; do
-    [ "$name" = plots ] || $name
-  done | tr '\n' '\0' | xargs -0 -r -P "$JOBS" -n 1 bash -c || failed=yes
-  plots | bash -e
-  if [ -n "$failed" ]; then
-    echo "a run failed, see above; the figures show those that ended well" >&2
-    exit 1
-  fi
+for word in "$@"; do
+  [[ "$RUNS--dry-run figures " == *[[:space:]]"$word "* ]] || { echo "$word: no such set" >&2; exit 2; }
+done
+if [[ ${1:-} == --dry-run ]]; then
+  commands "${@:2}"
+  figures
+  exit
 fi
+# two threads of each run would stall one another
+[[ $JOBS == 1 ]] || export OMP_NUM_THREADS=1
+commands "$@" | tr '\n' '\0' | xargs -0 -r -P "$JOBS" -n 1 bash -xc || failed=1
+figures | bash -x || true  # a figure says so if its runs are missing
+exit ${failed:-0}
