@@ -564,7 +564,9 @@ def draw_curves(
     handles = {}
     for ax in figure.axes:
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels())))
-    note = "mean over n seeds, band: 95 % interval"
+    note = "mean over n seeds"
+    if x in ("samples", "iteration"):
+        note += ", band: 95 % interval"
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, title=note)
     figure.savefig(out)
     print(out)
