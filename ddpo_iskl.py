@@ -116,7 +116,7 @@ class Args:
     """(sample, step) pairs per forward pass, at most: only memory and speed; 0 = choose"""
     # this algorithm
     adv_clip: float = 5.0
-    """advantages are clipped to +- this; those of 16 peers are at most 3.75"""
+    """advantages are clipped to +- this; those of 16 peers are at most 3.87"""
     clip_range: float = 1e-4
     """trust region: the ratio is clipped to 1 +- this"""
     kl: Literal["exact", "squared"] = "exact"
