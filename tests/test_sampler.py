@@ -41,8 +41,7 @@ def make_generators(numbers):
 
 def sample(policy, prompts, numbers=(0, 1, 2)):
     """The trajectories of these samples of an iteration."""
-    generators = make_generators(numbers)
-    inputs = (policy.pipe, prompts, generators, policy.schedule, policy.args)
+    inputs = (policy.pipe, prompts, make_generators(numbers), policy.schedule, policy.args)
     return ddpo_is.sample_trajectories(*inputs)
 
 
@@ -94,7 +93,8 @@ def step_with(noise_pred, latents, step, schedule, **options):
 
 def test_stable_diffusions_own_pndm_config_gives_its_50_steps(pipe):
     """v1.4 ships a PNDMScheduler, read as a DDIMScheduler: 981, 961, ..., 1, as in the paper."""
-    pipe.scheduler = PNDMScheduler.from_config(STABLE_DIFFUSION, skip_prk_steps=True)
+    options = {"skip_prk_steps": True, "steps_offset": 0}  # the offset is 1 whatever is in the file
+    pipe.scheduler = PNDMScheduler.from_config(STABLE_DIFFUSION, **options)
     schedule = ddpo_is.make_schedule(pipe, ddpo_is.Args(device="cpu"))
     sigma = schedule.tables[4]
     assert schedule.timesteps.tolist() == list(range(981, 0, -20))
