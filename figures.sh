@@ -37,8 +37,6 @@ rwr              rwr                incompress           1-3    30 --no-center-w
 rwr_printed      rwr,rwr_sparse     compress,incompress  1-3    30 --lr 1e-4 --no-center-weights
 rwr_printed      rwr                compress             1-3    30 --lr 1e-4 --no-center-weights --beta 0
 clip             ddpo_sf,ddpo_is,ddpo_iskl  clip         1-3    40
-kl               ddpo_iskl          compress,incompress  1-3    30 --kl-coef 0
-kl               ddpo_iskl          compress,incompress  1-3    30 --kl-coef 0.01
 main_command_70  ddpo_iskl          compress             1-1    70
 permuted         ddpo_is,ddpo_iskl,rwr  results/permuted/permuted.py:compress  1-3  60
 permuted         ddpo_is            results/permuted/permuted.py:compress      1-3  60 --lr 1e-4
