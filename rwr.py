@@ -138,7 +138,6 @@ def make_schedule(pipe, args):
     schedule.noisy_steps = torch.nonzero(schedule.tables[4] > 0).flatten()
     height, width = np.broadcast_to(pipe.unet.config.sample_size, 2).tolist()
     schedule.latent_shape = (pipe.unet.config.in_channels, height, width)
-
     # refuse what would run here, but not as the model was trained
     config = schedule.config
     target = config.prediction_type
@@ -527,7 +526,6 @@ def main(args, from_command_line=False):
     score = load_reward(args.reward, args.device, f"{args.model}/clip")
     measure = load_metrics(args.reward, args.device, f"{args.model}/clip")
     pipe, params = load_model(args)
-    diffusers.utils.logging.set_verbosity_warning()  # it says when prompts are cut
     schedule = make_schedule(pipe, args)
     optimizer = torch.optim.AdamW(
         params, args.lr, args.adam_betas, args.adam_eps, args.weight_decay, fused=on_gpu
@@ -536,7 +534,9 @@ def main(args, from_command_line=False):
     scaler.scale(torch.zeros((), device=args.device))  # sets it up, also if no pair has a weight
     say(f"{args.model} on {world_size} x {args.device} in {args.precision}")
     say(f"LoRA rank {args.lora_rank} (0: all weights), {args.micro_batch} pairs per forward pass")
-    say(f"{len(prompts)} prompts: {', '.join(prompts[:5])}, ...")
+    limit = pipe.tokenizer.model_max_length
+    num_cut = sum(len(ids) > limit for ids in pipe.tokenizer(prompts).input_ids)
+    say(f"{len(prompts)} prompts ({num_cut} cut at {limit} tokens): {', '.join(prompts[:5])}, ...")
 
     # start a run, or go on with one
     run = open_run(args, prompts, score) if rank == 0 else None
