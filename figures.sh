@@ -18,7 +18,7 @@ PYTHON=${PYTHON:-python}
 FLAGS=${FLAGS:---model models/emoji --precision fp32}
 
 # set            scripts            rewards              seeds  iterations and flags
-# squared_kl has a third form, the term as printed: it needs the patch in docs/paper.md
+# squared_kl has a third form, the term as printed: leave out "- kl.detach()" in compute_loss
 RUNS="
 table1           ddpo_sf            compress,incompress  1-5    200 --num-updates 4 --lr 3e-4
 table1           ddpo_is,ddpo_iskl  compress,incompress  1-5    200
