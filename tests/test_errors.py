@@ -75,14 +75,6 @@ def test_samples_that_do_not_divide_among_processes(tiny_sd, tmp_path, monkeypat
         assert "processes" in refused(script, tmp_path, tiny_sd, num_samples=8)
 
 
-@pytest.mark.parametrize("words", [["--lr", "quick"], ["--learning-rate", "1"], ["--kl", "exact"]])
-def test_a_flag_that_the_script_does_not_know(words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        ddpo_is.parse_args(words)
-    assert stop.value.code == 2
-    assert words[0].lstrip("-") in capsys.readouterr().err
-
-
 # ---- models ----
 
 
