@@ -309,7 +309,7 @@ def say(text):
     try:
         tqdm.write(text)
         sys.stdout.flush()
-    except OSError:
+    except (OSError, AttributeError):  # a closed stdout is None
         sys.stdout = open(os.devnull, "w")
 
 
