@@ -18,6 +18,7 @@ PYTHON=${PYTHON:-python}
 FLAGS=${FLAGS:---model models/emoji --precision fp32}
 
 # set            scripts            rewards              seeds  iterations and flags
+# group needs: patch -o ddpo_is_groups.py ddpo_is.py variants/group_advantages.patch
 # squared_kl has a third form, the term as printed: leave out "- kl.detach()" in compute_loss
 RUNS="
 table1           ddpo_sf            compress,incompress  1-5    200 --num-updates 4 --lr 3e-4
@@ -38,6 +39,7 @@ rwr_printed      rwr,rwr_sparse     compress,incompress  1-3    30 --lr 1e-4 --n
 rwr_printed      rwr                compress             1-3    30 --lr 1e-4 --no-center-weights --beta 0
 clip             ddpo_sf,ddpo_is,ddpo_iskl  clip         1-3    40
 main_command_70  ddpo_iskl          compress             1-1    70
+group            ddpo_is_groups     compress,incompress  1-3    30 --lr 1e-4
 permuted         ddpo_is,ddpo_iskl,rwr  results/permuted/permuted.py:compress  1-3  60
 permuted         ddpo_is            results/permuted/permuted.py:compress      1-3  60 --lr 1e-4
 fresh            ddpo_is            compress,incompress  6-10   60 --lr 1e-4

@@ -51,6 +51,7 @@ NAMES = {
     "ddpo_sf": "DDPO-SF",
     "ddpo_is": "DDPO-IS",
     "ddpo_iskl": "DDPO-ISKL",
+    "ddpo_is_groups": "DDPO-IS in groups",
     "rwr": "RWR",
     "rwr_sparse": "sparse RWR",
 }
