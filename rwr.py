@@ -125,7 +125,7 @@ class Args:
 
 
 def make_schedule(pipe, args):
-    """The model's DDPM chain: a diffusers scheduler with `tables` (5, T) of its coefficients."""
+    """The model's DDPM chain: a diffusers scheduler with `tables` (5, T), sigma last."""
     # as StableDiffusionPipeline runs it, whatever class and offset are in the model's config
     schedule = DDIMScheduler.from_config(pipe.scheduler.config, steps_offset=1, clip_sample=False)
     schedule.set_timesteps(args.num_steps, device=args.device)
@@ -133,16 +133,16 @@ def make_schedule(pipe, args):
     abar_prev = torch.cat([abar[1:], schedule.final_alpha_cumprod.double().view(1)])
     alpha = abar / abar_prev
     beta = 1 - alpha
-    sigma = (beta * (1 - abar_prev) / (1 - abar)).sqrt()  # eta = 1; so is the mean in ddpm_step
+    sigma = (beta * (1 - abar_prev) / (1 - abar)).sqrt()  # DDIM with eta = 1, as in ddpm_step
     schedule.tables = torch.stack([abar, abar_prev, alpha, beta, sigma]).float().to(args.device)
-    schedule.noisy_steps = torch.nonzero(schedule.tables[4] > 0).flatten()
+    schedule.noisy_steps = torch.nonzero(schedule.tables[-1] > 0).flatten()
     height, width = np.broadcast_to(pipe.unet.config.sample_size, 2).tolist()
     schedule.latent_shape = (pipe.unet.config.in_channels, height, width)
     # refuse what would run here, but not as the model was trained
     config = schedule.config
     target = config.prediction_type
     total = config.num_train_timesteps
-    first = schedule.timesteps[0].item()  # of 400 steps it is 799, where x_t is not yet all noise
+    first = schedule.timesteps[0].item()  # with 400 steps t = 799, where x_t is not yet all noise
     refuse(first < 0.9 * total - total / args.num_steps, f"--num-steps: the first is at {first}")
     refuse("beta_schedule" in config.get("_use_default_values", []), "the scheduler has no betas")
     refuse(config.thresholding, "the scheduler thresholds x_0, so a step is not Gaussian")
@@ -155,7 +155,7 @@ def make_schedule(pipe, args):
 def predict_noise(unet, latents, t, embeds, guidance_scale):
     """The UNet's prediction with classifier-free guidance (Algorithm 4, lines 13-15).
 
-    latents (N, C, H, W), t (N,) timesteps, embeds (2, N, L, D): unconditional, conditional.
+    latents (N, C, H, W), t (N,) timesteps, embeds (2, N, L, E): unconditional, conditional.
     Returns float32 (N, C, H, W): epsilon, or v where the model has prediction_type v_prediction.
     """
     if guidance_scale <= 1:  # the prompt alone, as in diffusers
@@ -194,14 +194,14 @@ def ddpm_step(unet, latents, step, embeds, schedule, args, next_latents=None, no
 def sample_trajectories(pipe, prompts, generators, schedule, args):
     """Run the policy on N prompts (Algorithm 4, lines 8-19), each with the noise of its generator.
 
-    Returns latents (N, T + 1, C, H, W), x_T to x_0, log_probs (N, T), text embeds (2, N, L, D).
+    Returns latents (N, T + 1, C, H, W), x_T to x_0, log_probs (N, T), text embeds (2, N, L, E).
     """
     prompt_embeds, negative_prompt_embeds = pipe.encode_prompt(
         prompts, args.device, num_images_per_prompt=1, do_classifier_free_guidance=True
     )
     embeds = torch.stack([negative_prompt_embeds, prompt_embeds])
 
-    # x_T and the noise of each step, whose place x_{t-1} takes; the same numbers on any device
+    # x_T, then each step's noise, which x_{t-1} overwrites; drawn on the CPU for any device
     shape = (len(prompts), args.num_steps + 1, *schedule.latent_shape)
     latents = randn_tensor(shape, generator=generators).to(args.device)
     log_probs = torch.zeros(len(prompts), args.num_steps, device=args.device)
@@ -209,7 +209,7 @@ def sample_trajectories(pipe, prompts, generators, schedule, args):
         for i in range(args.num_steps):
             step = torch.full_like(index, i)
             inputs = (latents[index, i], step, embeds[:, index], schedule, args)
-            # half precision rounds differently in the kernels that torch runs without gradients
+            # in half precision with gradients, as in training: other kernels round differently
             with torch.set_grad_enabled(args.precision != "fp32"):
                 x, log_prob, _ = ddpm_step(pipe.unet, *inputs, noise=latents[index, i + 1])
             latents[index, i + 1] = x
@@ -222,7 +222,7 @@ def decode(vae, latents):
     """Latents (N, C, H, W) -> pictures, uint8 (N, H, W, 3), or FloatingPointError if not finite."""
     chunks = (latents / vae.config.scaling_factor).split(4)  # a decoder needs a lot of memory
     images = torch.cat([vae.decode(chunk).sample for chunk in chunks])
-    if not images.isfinite().all():  # they would be scored as black ones
+    if not images.isfinite().all():  # would be scored as black pictures
         raise FloatingPointError("pictures are not finite: use --precision fp32 or a lower --lr")
     images = (images / 2 + 0.5).clamp(0, 1) * 255
     return images.round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -263,7 +263,7 @@ def compute_loss(noise_pred, noise, weights):
 def accumulate_gradients(unet, rollout, schedule, scaler, args):
     """Gradient of the mean loss over all (sample, draw) pairs, in microbatches.
 
-    rollout: latents x_0 (N, C, H, W), embeds (2, N, L, D), weights (N,), and D draws for each
+    rollout: latents x_0 (N, C, H, W), embeds (2, N, L, E), weights (N,), and D draws for each
     sample, timesteps (N, D) and noise (N, D, C, H, W). Returns the loss, a mean over all pairs, and
     the sum of the mse over num_pairs, the pairs with a weight.
     """
@@ -296,13 +296,13 @@ def accumulate_gradients(unet, rollout, schedule, scaler, args):
 
 
 def refuse(wrong, message):
-    """End with one line, for what would otherwise be wrong without a word."""
+    """End with one line, for what would otherwise be silently wrong."""
     if wrong:
         sys.exit(f"error: {message}")
 
 
 def say(text):
-    """Print a line at once. A reader that has gone (tee, head, a terminal) does not end the run."""
+    """Print a line at once. If its reader has gone (tee, head, a terminal), the run goes on."""
     try:
         tqdm.write(text)
         sys.stdout.flush()
@@ -342,7 +342,7 @@ def load_prompts(source):
 
 
 def load_model(args):
-    """The pipeline, and its UNet's trainable parameters, float32. Settles rank and microbatch."""
+    """The pipeline, and its UNet's trainable parameters, float32. Sets rank and microbatch."""
     kind = StableDiffusionPipeline.load_config(args.model)["_class_name"]
     refuse(kind != "StableDiffusionPipeline", f"--model {args.model}: it is a {kind}")
     pipe = StableDiffusionPipeline.from_pretrained(
@@ -378,7 +378,7 @@ def load_model(args):
     # the layers in half precision; predict_noise makes the output float32 again
     device_type = torch.device(args.device).type
     autocast = torch.autocast(device_type, dtype, enabled=args.precision != "fp32")
-    unet.forward = MethodType(autocast(type(unet).forward), unet)  # survives copy.deepcopy(unet)
+    unet.forward = MethodType(autocast(type(unet).forward), unet)  # also in copy.deepcopy(unet)
     if device_type == "cuda":
         unet.to(memory_format=torch.channels_last)
     if args.compile:
@@ -425,7 +425,7 @@ def load(run, params, optimizer, scaler):
     state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
     for p, weight in zip(params, state["weights"], strict=True):
         p.data.copy_(weight)
-    # the moments of the run, in the memory format of the weights; lr and kernels of these args
+    # keep the saved moments, in the weights' memory format; lr and fused are those of args
     state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict(state["optimizer"])
     for p, moments in optimizer.state.items():
@@ -442,7 +442,7 @@ def make_generator(*key):
 
 
 def evaluate(pipe, run, iteration, prompts, score, measure, schedule, args):
-    """Metrics and a grid of up to 32 fixed prompts, two noises each; the steps of an elephant."""
+    """Metrics and a grid of up to 32 fixed prompts, two noises each; "elephant" step by step."""
     spread = np.linspace(0, len(prompts) - 1, min(32, len(prompts))).astype(int)
     chosen = [prompts[i] for i in spread] * 2
     generators = [make_generator(0, 0, i, 1) for i in range(len(chosen) + 1)]  # same in all runs
@@ -488,7 +488,7 @@ def main(args, from_command_line=False):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
 
-    # a resumed run keeps its arguments, but for those that are given anew
+    # a resumed run keeps its arguments but for those given; from Python a default is not given
     saved = asdict(load_args(args.resume)) if args.resume else {}
     for name, value in saved.items():
         if not from_command_line and getattr(args, name) == getattr(Args, name):
@@ -544,15 +544,16 @@ def main(args, from_command_line=False):
     state = {"rows": [{"iteration": 0, "samples": 0}]}
     if (run / "checkpoint.pt").exists():
         state = load(run, params, optimizer, scaler)
-    rows = state["rows"]
+    rows = state["rows"]  # the same list, which the checkpoint saves
     if args.track and rank == 0:
         import wandb
 
         wandb.init(project="ddpo", name=run.name, id=run.name, config=asdict(args), resume="allow")
     signals = catch_signals() if from_command_line else []
     hide = rank > 0 or None  # None: if the output is not a terminal
-    for iteration in tqdm(count(len(rows) - 1), total=args.iterations, disable=hide):
-        # evaluate and save; row 0 is the pretrained model
+    done = len(rows) - 1
+    for iteration in tqdm(count(done), initial=done, total=args.iterations, disable=hide):
+        # evaluate and save what the last pass trained; row 0 is the pretrained model
         stopped_by = max(gather(max(signals, default=0)))  # the same in all processes
         is_last = stopped_by or iteration >= args.iterations
         is_due = is_last or iteration % args.save_every == 0
@@ -566,7 +567,7 @@ def main(args, from_command_line=False):
             state["optimizer"] = optimizer.state_dict()
             state["scaler"] = scaler.state_dict()
             torch.save(state, run / "checkpoint.tmp")
-            os.replace(run / "checkpoint.tmp", run / "checkpoint.pt")  # whole at any time
+            os.replace(run / "checkpoint.tmp", run / "checkpoint.pt")  # never half-written
         if rank == 0:
             with open(run / "metrics.csv", "w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, dict.fromkeys(chain(*rows)))
