@@ -1,7 +1,10 @@
 """The published tables and runs are what results/ says they are."""
 
 import json
+import os
 import re
+import shlex
+import subprocess
 
 from conftest import ROOT
 
@@ -22,6 +25,24 @@ def test_every_set_has_a_table():
     commands = (RESULTS / "tables.txt").read_text(encoding="utf-8")
     for name in {run.relative_to(RESULTS).parts[0] for run in RUNS}:
         assert f"results/{name}" in commands, name
+
+
+def test_figures_sh_plans_the_published_sets_and_skips_what_is_done(tmp_path):
+    out = tmp_path / "a b"
+    done = out / "bad_lr/ddpo_iskl--lr3e-3/ddpo_iskl__compress__s1__X"
+    begun = done.with_name("ddpo_iskl__compress__s2__X")
+    for run, iteration in ((done, 50), (begun, 40)):
+        run.mkdir(parents=True)
+        (run / "metrics.csv").write_text(f"iteration,samples\n{iteration},0\n")
+    command = ["bash", ROOT / "figures.sh", "--dry-run"]
+    text = subprocess.check_output(command, env=os.environ | {"OUT": str(out)}, text=True)
+    lines = [shlex.split(line) for line in text.splitlines()]
+    parents = {line[-1].removeprefix(f"{out}/").split("/")[0] for line in lines if "--out" in line}
+
+    assert {run.relative_to(RESULTS).parts[0] for run in RUNS} <= parents
+    assert ["python", "ddpo_iskl.py", "--resume", str(begun), "--iterations", "50"] in lines
+    bad_lr = [line for line in lines if line[-1].startswith(str(out / "bad_lr"))]
+    assert len(bad_lr) == 3  # of five, one is done and one resumed
 
 
 def test_the_runs_of_a_set_have_one_origin_and_name_no_path_of_a_machine():
