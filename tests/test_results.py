@@ -41,6 +41,7 @@ def test_figures_sh_plans_the_published_sets_and_skips_what_is_done(tmp_path):
 
     assert {run.relative_to(RESULTS).parts[0] for run in RUNS} <= parents
     assert ["python", "ddpo_iskl.py", "--resume", str(begun), "--iterations", "50"] in lines
+    assert not any(str(done) in line for line in lines)
     bad_lr = [line for line in lines if line[-1].startswith(str(out / "bad_lr"))]
     assert len(bad_lr) == 3  # of five, one is done and one resumed
 
