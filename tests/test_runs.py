@@ -337,7 +337,7 @@ def test_the_seed_decides_training_and_not_the_evaluation(straight, options, tmp
     ("script", "changes"),
     [
         *((script, {}) for script in SCRIPTS),
-        *((script, {"lora_rank": 4}) for script in (ddpo_is, ddpo_iskl, rwr)),
+        (ddpo_iskl, {"lora_rank": 4}),
         (ddpo_is, {"precision": "fp16"}),  # with the state of the loss scale
     ],
 )
