@@ -20,7 +20,6 @@ import torch
 from conftest import (
     ROOT,
     TIMES,
-    command,
     load_policy,
     read_args,
     read_metrics,
@@ -223,19 +222,39 @@ def png_sizes(folder):
     return {path.name: Image.open(path).size for path in folder.iterdir()}
 
 
+@pytest.fixture(scope="module")
+def command_line_runs(tmp_path_factory, few_prompts):
+    """{script: (words, out, process)}: all five as users start them, side by side to save time."""
+    runs = {}
+    for script in SCRIPTS:
+        out = tmp_path_factory.mktemp(script.__name__)
+        words = flags(model="models/emoji", prompts=few_prompts, out=out, device="cpu")
+        words += flags(num_samples=4, num_steps=10, iterations=2, save_every=3)
+        process = subprocess.Popen(
+            [sys.executable, f"{script.__name__}.py", *words],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        runs[script] = (words, out, process)
+    yield runs
+    for _, _, process in runs.values():
+        process.kill()
+
+
 @pytest.mark.smoke
 @every_script
-def test_the_command_line_leaves_a_whole_run_folder(tmp_path, few_prompts, script):
+def test_the_command_line_leaves_a_whole_run_folder(command_line_runs, script):
     name = script.__name__
-    words = flags(model="models/emoji", prompts=few_prompts, out=tmp_path, device="cpu")
-    words += flags(num_samples=4, num_steps=10, iterations=2, save_every=3)
-    done = command(f"{name}.py", *words)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""  # no progress bar, and none of diffusers' notices
-    (folder,) = tmp_path.iterdir()
+    words, out, process = command_line_runs[script]
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert stderr == ""  # no progress bar, and none of diffusers' notices
+    (folder,) = out.iterdir()
     assert folder.name.startswith(f"{name}__compress__s1__")
 
-    lines = done.stdout.splitlines()
+    lines = stdout.splitlines()
     assert lines[:4] == [
         "models/emoji on 1 x cpu in fp32",
         "LoRA rank 0 (0: all weights), 80 pairs per forward pass",
@@ -542,14 +561,18 @@ def test_a_run_does_not_need_a_reader(straight, options, tmp_path):
     assert load_state(folder)["rows"][-1]["iteration"] == 4
 
 
-@pytest.mark.parametrize("redirection", ["2>&1 | head -3", ">&-"])
-def test_a_run_into_a_pipe_that_ends_or_nowhere(straight, options, tmp_path, redirection):
-    words = shlex.join([sys.executable, ddpo_is.__file__, *flags(**options, out=tmp_path)])
-    script = f"set -o pipefail; {words} {redirection}"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    (folder,) = tmp_path.iterdir()
-    assert_same_run(folder, straight(ddpo_is))
+def test_a_run_into_a_pipe_that_ends_or_nowhere(straight, options, tmp_path):
+    processes = {}
+    for name, redirection in (("head", "2>&1 | head -3"), ("closed", ">&-")):
+        out = tmp_path / name
+        words = shlex.join([sys.executable, ddpo_is.__file__, *flags(**options, out=out)])
+        script = f"set -o pipefail; {words} {redirection}"
+        processes[out] = subprocess.Popen(["bash", "-c", script], stderr=subprocess.PIPE)
+    for out, process in processes.items():
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
+        (folder,) = out.iterdir()
+        assert_same_run(folder, straight(ddpo_is))
 
 
 # ---- several processes ----
