@@ -138,12 +138,12 @@ def make_schedule(pipe, args):
     schedule.noisy_steps = torch.nonzero(schedule.tables[-1] > 0).flatten()
     height, width = np.broadcast_to(pipe.unet.config.sample_size, 2).tolist()
     schedule.latent_shape = (pipe.unet.config.in_channels, height, width)
-    # refuse what would run here, but not as the model was trained
+    # refuse(condition, message): what would run here, but not as the model was trained
     config = schedule.config
     target = config.prediction_type
     total = config.num_train_timesteps
     first = schedule.timesteps[0].item()  # with 400 steps t = 799, where x_t is not yet all noise
-    refuse(first < 0.9 * total - total / args.num_steps, f"--num-steps: the first is at {first}")
+    refuse(first < 0.9 * total - total / args.num_steps, f"--num-steps: starts at t = {first}")
     refuse("beta_schedule" in config.get("_use_default_values", []), "the scheduler has no betas")
     refuse(config.thresholding, "the scheduler thresholds x_0, so a step is not Gaussian")
     refuse(target not in ("epsilon", "v_prediction"), f"it predicts {target}, not epsilon or v")
@@ -171,7 +171,7 @@ def ddpm_step(unet, latents, step, embeds, schedule, args, next_latents=None, no
     latents, next_latents, noise (N, C, H, W) float32; step (N,) from 0 to T - 1.
     Returns next_latents, log_prob (N,) and the mean of x_{t-1}. log_prob is the *mean* over
     dimensions: a clip range of 1e-4 only makes sense for the mean, and the sum over the 16,384 of
-    Stable Diffusion overflows exp. A deterministic step (sigma = 0) has none.
+    Stable Diffusion overflows exp. Where sigma = 0 it is not finite, and training skips the step.
     """
     t = schedule.timesteps[step]
     noise_pred = predict_noise(unet, latents, t, embeds, args.guidance_scale)
@@ -201,7 +201,7 @@ def sample_trajectories(pipe, prompts, generators, schedule, args):
     )
     embeds = torch.stack([negative_prompt_embeds, prompt_embeds])
 
-    # x_T, then each step's noise, which x_{t-1} overwrites; drawn on the CPU for any device
+    # [:, 0] is x_T, [:, i + 1] the noise of step i until x_{t-1} replaces it; drawn on the CPU
     shape = (len(prompts), args.num_steps + 1, *schedule.latent_shape)
     latents = randn_tensor(shape, generator=generators).to(args.device)
     log_probs = torch.zeros(len(prompts), args.num_steps, device=args.device)
@@ -209,7 +209,7 @@ def sample_trajectories(pipe, prompts, generators, schedule, args):
         for i in range(args.num_steps):
             step = torch.full_like(index, i)
             inputs = (latents[index, i], step, embeds[:, index], schedule, args)
-            # in half precision with gradients, as in training: other kernels round differently
+            # half precision: with gradients, or PyTorch runs other kernels here than in training
             with torch.set_grad_enabled(args.precision != "fp32"):
                 x, log_prob, _ = ddpm_step(pipe.unet, *inputs, noise=latents[index, i + 1])
             latents[index, i + 1] = x
@@ -375,10 +375,10 @@ def load_model(args):
             module.cast_input_dtype_enabled = False  # PEFT would copy every input to float32
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    # the layers in half precision; predict_noise makes the output float32 again
+    # half precision: the layers, and with LoRA the frozen weights; predict_noise returns float32
     device_type = torch.device(args.device).type
     autocast = torch.autocast(device_type, dtype, enabled=args.precision != "fp32")
-    unet.forward = MethodType(autocast(type(unet).forward), unet)  # also in copy.deepcopy(unet)
+    unet.forward = MethodType(autocast(type(unet).forward), unet)  # survives copy.deepcopy(unet)
     if device_type == "cuda":
         unet.to(memory_format=torch.channels_last)
     if args.compile:
@@ -488,7 +488,7 @@ def main(args, from_command_line=False):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
 
-    # a resumed run keeps its arguments but for those given; from Python a default is not given
+    # resumed: parse_args took the saved values; from Python they replace values left at defaults
     saved = asdict(load_args(args.resume)) if args.resume else {}
     for name, value in saved.items():
         if not from_command_line and getattr(args, name) == getattr(Args, name):
@@ -553,7 +553,7 @@ def main(args, from_command_line=False):
     hide = rank > 0 or None  # None: if the output is not a terminal
     done = len(rows) - 1
     for iteration in tqdm(count(done), initial=done, total=args.iterations, disable=hide):
-        # evaluate and save what the last pass trained; row 0 is the pretrained model
+        # pass i evaluates and saves iteration i, then trains i + 1; row 0 is the pretrained model
         stopped_by = max(gather(max(signals, default=0)))  # the same in all processes
         is_last = stopped_by or iteration >= args.iterations
         is_due = is_last or iteration % args.save_every == 0

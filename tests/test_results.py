@@ -6,9 +6,12 @@ import re
 import shlex
 import subprocess
 
+import numpy as np
 from conftest import ROOT
+from PIL import Image
 
 import plot
+from rewards import load_reward
 
 RESULTS = ROOT / "results"
 RUNS = sorted(path.parent for path in RESULTS.rglob("metrics.csv"))
@@ -74,3 +77,16 @@ def test_means_of_the_readme_are_in_the_tables():
     tables = (RESULTS / "TABLES.md").read_text(encoding="utf-8")
     for mean in means:
         assert re.search(rf"[ -]{re.escape(mean)} ", tables), mean
+
+
+def test_the_share_of_the_variance_between_prompts():
+    """Of the size of the pretrained model's 64 evaluation pictures: 32 prompts, two noises."""
+    (grid,) = RESULTS.glob("main_command_70/*/images/0000.png")
+    cells = np.asarray(Image.open(grid)).reshape(2, 64, 32, 64, 3).swapaxes(1, 2)
+    sizes, _ = load_reward("incompress")(cells.reshape(64, 64, 64, 3), ["prompt"] * 64)
+    sizes = sizes.reshape(2, 32)
+    between = 2 * sizes.mean(axis=0).var(ddof=1)
+    within = sizes.var(axis=0, ddof=1).mean()
+    share = (between - within) / (between + within)  # intraclass correlation
+    text = f"{share:.0%} of the variance".replace("%", " %")
+    assert text in (RESULTS / "README.md").read_text(encoding="utf-8").replace("\n", " ")

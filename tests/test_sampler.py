@@ -109,7 +109,7 @@ def test_stable_diffusions_own_pndm_config_gives_its_50_steps(pipe):
         ({"thresholding": True}, 50, "thresholds x_0"),
         ({"prediction_type": "sample"}, 50, "predicts sample"),
         (ZERO_SNR | {"prediction_type": "epsilon"}, 50, "zero terminal SNR"),
-        ({}, 400, "the first is at 799"),
+        ({}, 400, "starts at t = 799"),
         ({"timestep_spacing": "trailing"}, 400, None),  # begins at 999
         ({}, 300, None),  # at 898
         ({}, 1, None),

@@ -21,7 +21,7 @@ def read(name):
         ("\n# ---- the sampler", "\n# ---- the algorithm"),
         ("\n# ---- plumbing", "\n# ---- main"),
         ("\ndef main(", "\n    # settle the arguments\n"),
-        ("\n        # evaluate and save what", "\n        # sample: "),
+        ("\n        # pass i evaluates and", "\n        # sample: "),
     ],
 )
 def test_blocks_are_the_same_bytes(begin, end):
