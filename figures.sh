@@ -40,8 +40,8 @@ rwr_printed      rwr                compress             1-3    30 --lr 1e-4 --n
 clip             ddpo_sf,ddpo_is,ddpo_iskl  clip         1-3    40
 main_command_70  ddpo_iskl          compress             1-1    70
 group            ddpo_is_groups     compress,incompress  1-3    30 --lr 1e-4
-permuted         ddpo_is,ddpo_iskl,rwr  results/permuted/permuted.py:compress  1-1  60
-permuted         ddpo_is            results/permuted/permuted.py:compress      1-1  60 --lr 1e-4
+permuted         ddpo_is,ddpo_iskl,rwr  results/permuted/permuted.py:compress  1-3  60
+permuted         ddpo_is            results/permuted/permuted.py:compress      1-3  60 --lr 1e-4
 "
 
 # the arguments of plot.py; @ is OUT
