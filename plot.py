@@ -257,9 +257,8 @@ def make_pairs(runs):
                 row = {"iteration": iteration, "samples": first["samples"]}
                 row["contrast"] = (first["gain"] + second["gain"]) / 2
                 row["drift"] = (first["gain"] - second["gain"]) / 2
-                for name in (
-                    {"eval_align", "align_gain", "eval_top1"} & first.keys() & second.keys()
-                ):
+                columns = first.keys() & second.keys()
+                for name in columns & {"eval_align", "align_gain", "eval_top1"}:
                     row[name] = (first[name] + second[name]) / 2
                 rows.append(row)
             pairs.append(Run(run.folder, run.script, f"{prefix}both", run.args, rows, label))
@@ -380,13 +379,14 @@ def make_rows(runs, points, baseline, read):
     """A row per task, point and setting, {title: text}; with a baseline, differences to it."""
     groups = group_runs(runs)
     tasks = [task for task, _ in groups]
-    is_contrast = read is stop_pairs
-    point_title = "at contrast" if is_contrast else "iteration"
+    point_title = "at contrast" if read is stop_pairs else "iteration"
     title = "setting" if baseline is None else f"setting, minus {baseline}"
     rows = []
     for point in points:
         for (task, label), seeds in groups.items():
             values = read(seeds, point)
+            if baseline in tasks:
+                values["gain"] = {}  # the rewards of two tasks do not compare
             partner = (baseline, label) if baseline in tasks else (task, baseline)
             others = read(groups.get(partner, {}), point)
             row = {"task": task, title: label, point_title: f"{point:g}"}
@@ -396,7 +396,7 @@ def make_rows(runs, points, baseline, read):
                 row |= show_differences(values, others, paired=point < 100)
             else:
                 continue
-            if is_contrast:
+            if read is stop_pairs:
                 missing = [str(seed) for seed in seeds if math.isnan(values["samples"][seed])]
                 row["not reached by seed"] = ", ".join(missing) or "-"
                 largest = min(pair.best_contrast() for pair in seeds.values())

@@ -175,6 +175,7 @@ def test_a_task_as_the_baseline(tmp_path, capsys):
         make_run(tmp_path, {0: start, 10: end}, task="dir/my.py:compress", seed=seed)
     ((row,),) = read_tables(capsys, tmp_path, "--baseline", "compress")
     assert (row["task"], row["CLIP gain"]) == ("my.py:compress", "**+3.0** (+0.5 to +5.5)")
+    assert "gain" not in row  # kB of another reward
 
 
 @pytest.mark.parametrize("name", ["ddpo_is", "rwr"])
