@@ -3,7 +3,7 @@
 # interrupted one is resumed, so this script can be stopped and started again.
 #
 #   ./figures.sh --dry-run                print the commands, run nothing
-#   ./figures.sh                          all runs, about 13 hours on 2 cores, then the figures
+#   ./figures.sh                          all runs, about 15 hours on 2 cores, then the figures
 #   ./figures.sh table1 small_lr          the runs of these sets, then the figures they suffice for
 #   OUT=results ./figures.sh figures      only the figures, here those of the published runs
 #   JOBS=2 ./figures.sh                   two runs at a time
@@ -40,6 +40,8 @@ rwr_printed      rwr                compress             1-3    30 --lr 1e-4 --n
 clip             ddpo_sf,ddpo_is,ddpo_iskl  clip         1-3    40
 main_command_70  ddpo_iskl          compress             1-1    70
 group            ddpo_is_groups     compress,incompress  1-3    30 --lr 1e-4
+fresh            rwr                compress,incompress  6-8    60
+fresh            ddpo_is            compress,incompress  6-8    60 --lr 1e-4
 permuted         ddpo_is,ddpo_iskl,rwr  results/permuted/permuted.py:compress  1-3  60
 permuted         ddpo_is            results/permuted/permuted.py:compress      1-3  60 --lr 1e-4
 "
