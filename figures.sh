@@ -28,8 +28,8 @@ small_lr         ddpo_is            compress,incompress  1-3    200 --lr 1e-4
 small_lr         ddpo_iskl          compress,incompress  1-3    100 --num-updates 1 --lr 1e-4
 bad_lr           ddpo_iskl          compress             1-5    50 --lr 3e-3
 one_update       ddpo_sf            compress,incompress  1-5    50 --lr 3e-4
-updates_clip     ddpo_is            compress             1-3    20 --num-updates 4
-updates_clip     ddpo_is            compress             1-3    20 --clip-range 1
+updates_clip     ddpo_is            compress,incompress  1-3    20 --num-updates 4
+updates_clip     ddpo_is            compress,incompress  1-3    20 --clip-range 1
 updates_clip     ddpo_sf            compress             1-3    20 --num-updates 2 --lr 3e-4
 squared_kl       ddpo_iskl          compress             1-3    30 --num-steps 20 --num-updates 1
 squared_kl       ddpo_iskl          compress             1-3    30 --num-steps 20 --num-updates 2
