@@ -84,8 +84,7 @@ def test_the_share_of_the_variance_between_prompts():
     """Of the size of the pretrained model's 64 evaluation pictures: 32 prompts, two noises."""
     (grid,) = RESULTS.glob("main_command_70/*/images/0000.png")
     cells = np.asarray(Image.open(grid)).reshape(2, 64, 32, 64, 3).swapaxes(1, 2)
-    sizes, _ = load_reward("incompress")(cells.reshape(64, 64, 64, 3), ["prompt"] * 64)
-    sizes = sizes.reshape(2, 32)
+    sizes = load_reward("incompress")(cells.reshape(64, 64, 64, 3), [""] * 64)[0].reshape(2, 32)
     between = 2 * sizes.mean(axis=0).var(ddof=1)
     within = sizes.var(axis=0, ddof=1).mean()
     share = (between - within) / (between + within)  # intraclass correlation

@@ -17,15 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    TIMES,
-    load_policy,
-    read_args,
-    read_metrics,
-    run,
-    without_times,
-)
+from conftest import ROOT, TIMES, load_policy, read_args, read_metrics, run, without_times
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -230,17 +222,11 @@ def command_line_runs(tmp_path_factory, few_prompts):
         out = tmp_path_factory.mktemp(script.__name__)
         words = flags(model="models/emoji", prompts=few_prompts, out=out, device="cpu")
         words += flags(num_samples=4, num_steps=10, iterations=2, save_every=3)
-        process = subprocess.Popen(
-            [sys.executable, f"{script.__name__}.py", *words],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        command = [sys.executable, f"{script.__name__}.py", *words]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
         runs[script] = (words, out, process)
-    yield runs
-    for _, _, process in runs.values():
-        process.kill()
+    return runs
 
 
 @pytest.mark.smoke
@@ -249,8 +235,7 @@ def test_the_command_line_leaves_a_whole_run_folder(command_line_runs, script):
     name = script.__name__
     words, out, process = command_line_runs[script]
     stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
-    assert stderr == ""  # no progress bar, and none of diffusers' notices
+    assert (process.returncode, stderr) == (0, "")  # no progress bar, no notice of diffusers
     (folder,) = out.iterdir()
     assert folder.name.startswith(f"{name}__compress__s1__")
 
@@ -566,11 +551,9 @@ def test_a_run_into_a_pipe_that_ends_or_nowhere(straight, options, tmp_path):
     for name, redirection in (("head", "2>&1 | head -3"), ("closed", ">&-")):
         out = tmp_path / name
         words = shlex.join([sys.executable, ddpo_is.__file__, *flags(**options, out=out)])
-        script = f"set -o pipefail; {words} {redirection}"
-        processes[out] = subprocess.Popen(["bash", "-c", script], stderr=subprocess.PIPE)
+        processes[out] = subprocess.Popen(["bash", "-c", f"set -o pipefail; {words} {redirection}"])
     for out, process in processes.items():
-        _, stderr = process.communicate(timeout=300)
-        assert process.returncode == 0, stderr
+        assert process.wait(timeout=300) == 0
         (folder,) = out.iterdir()
         assert_same_run(folder, straight(ddpo_is))
 
@@ -581,8 +564,7 @@ def test_a_run_into_a_pipe_that_ends_or_nowhere(straight, options, tmp_path):
 @pytest.mark.parametrize(
     ("script", "changes"),
     [
-        (ddpo_sf, {}),
-        (ddpo_iskl, {}),
+        *((script, {}) for script in (ddpo_sf, ddpo_iskl)),
         (rwr, {"num_updates": 2}),
         # one of four samples has a weight, so one of the processes has none
         (rwr_sparse, {"num_samples": 4, "center_weights": False}),
