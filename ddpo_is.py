@@ -170,7 +170,7 @@ def ddpm_step(unet, latents, step, embeds, schedule, args, next_latents=None, no
     latents, next_latents, noise (N, C, H, W) float32; step (N,) from 0 to T - 1.
     Returns next_latents, log_prob (N,) and the mean of x_{t-1}. log_prob is the *mean* over
     dimensions: a clip range of 1e-4 only makes sense for the mean, and the sum over the 16,384 of
-    Stable Diffusion overflows exp. Where sigma = 0 it is not finite, and training skips the step.
+    Stable Diffusion overflows exp. Where sigma = 0 it is not finite: see noisy_steps.
     """
     t = schedule.timesteps[step]
     noise_pred = predict_noise(unet, latents, t, embeds, args.guidance_scale)
