@@ -142,23 +142,8 @@ def center(drawing, size, margin):
     return np.asarray(square)
 
 
-def fetch_drawings(work):
-    """Downloads the six sets, unless they are there, and rasterises them into drawings.npz.
-
-    Its arrays: rgba (N, 128, 128, 4) and small (N, 64, 64, 4), uint8; names (N,), "" for emoji
-    other than the animals; icons (N,), their names in the set.
-    """
-    import resvg_py
-
-    label_of = {}
-    for name in NAMES:
-        for icon in ICONS.get(name, name).split():
-            label_of[icon] = name
-
-    # skin tones, families and flags would be hundreds of near copies
-    skipped = re.compile(r".*skin-tone|.*-(dark|light|medium)$|flag-")
-
-    arrays = {"rgba": [], "small": [], "names": [], "icons": []}
+def read_icons(work):
+    """Downloads the six sets, unless they are there. Yields (set, icon, svg) for every emoji."""
     for emoji_set, version in EMOJI_SETS.items():
         path = work / f"iconify-json-{emoji_set}-{version}.tgz"
         if not path.exists():
@@ -167,9 +152,7 @@ def fetch_drawings(work):
         with tarfile.open(path) as tar:
             data = json.load(tar.extractfile("package/icons.json"))
 
-        for icon, entry in tqdm(data["icons"].items(), desc=f"rasterise {emoji_set}"):
-            if icon in LEFT_OUT or (skipped.match(icon) and icon not in label_of):
-                continue
+        for icon, entry in tqdm(data["icons"].items(), desc=emoji_set):
             width = entry.get("width", data.get("width", 16))
             height = entry.get("height", data.get("height", 16))
             svg = (
@@ -177,14 +160,42 @@ def fetch_drawings(work):
                 'xmlns:xlink="http://www.w3.org/1999/xlink" '
                 f'viewBox="0 0 {width} {height}">{entry["body"]}</svg>'
             )
-            png = resvg_py.svg_to_bytes(svg_string=svg, width=256, height=256)
-            drawing = Image.open(BytesIO(bytes(png))).convert("RGBA")
-            if drawing.getbbox() is None:  # nothing is visible
-                continue
-            arrays["rgba"].append(center(drawing, size=128, margin=0))
-            arrays["small"].append(center(drawing, size=64, margin=3))
-            arrays["names"].append(label_of.get(icon, ""))
-            arrays["icons"].append(icon)
+            yield emoji_set, icon, svg
+
+
+def rasterise(svg):
+    import resvg_py
+
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=256, height=256)
+    return Image.open(BytesIO(bytes(png))).convert("RGBA")
+
+
+def name_icons():
+    """{icon: name} of the animals' icons."""
+    return {icon: name for name in NAMES for icon in ICONS.get(name, name).split()}
+
+
+def fetch_drawings(work):
+    """Rasterises the six sets into drawings.npz.
+
+    Its arrays: rgba (N, 128, 128, 4) and small (N, 64, 64, 4), uint8; names (N,), "" for emoji
+    other than the animals; icons (N,), their names in the set.
+    """
+    label_of = name_icons()
+    # skin tones, families and flags would be hundreds of near copies
+    skipped = re.compile(r".*skin-tone|.*-(dark|light|medium)$|flag-")
+
+    arrays = {"rgba": [], "small": [], "names": [], "icons": []}
+    for _, icon, svg in read_icons(work):
+        if icon in LEFT_OUT or (skipped.match(icon) and icon not in label_of):
+            continue
+        drawing = rasterise(svg)
+        if drawing.getbbox() is None:  # nothing is visible
+            continue
+        arrays["rgba"].append(center(drawing, size=128, margin=0))
+        arrays["small"].append(center(drawing, size=64, margin=3))
+        arrays["names"].append(label_of.get(icon, ""))
+        arrays["icons"].append(icon)
 
     np.savez(work / "drawings.npz", **{key: np.array(values) for key, values in arrays.items()})
 
