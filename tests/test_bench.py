@@ -39,8 +39,7 @@ def test_training_is_the_scripts_and_leaves_the_weights(tiny_sd):
     info = bench.train(policy, bench.sample(policy))
     assert info["ratio_err"] == 0
     assert info["loss"] == pytest.approx(-1)  # advantage 1, ratio 1
-    for p, old in zip(policy.params, before):
-        assert torch.equal(p, old)
+    assert all(map(torch.equal, policy.params, before))
     assert any(p.grad.abs().max() > 0 for p in policy.params)
 
 

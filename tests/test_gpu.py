@@ -46,8 +46,7 @@ def test_default_precision(name, lora_rank, tmp_path):
     assert metadata["gpu"] == torch.cuda.get_device_name()
 
     _, row, last = read_metrics(folder)
-    for value in (*row.values(), *last.values()):
-        assert math.isfinite(value)
+    assert all(map(math.isfinite, [*row.values(), *last.values()]))
     assert row["skipped"] == 0
     assert last["grad_norm"] > 0
     assert 0.01 < last["peak_mem_gb"] < 1  # of the GPU; the process has more than 1 GB
@@ -57,12 +56,7 @@ def test_default_precision(name, lora_rank, tmp_path):
 
 def test_fp32_agrees_with_the_cpu(tmp_path):
     """Prompts and noise are drawn on the CPU, so both draw the same pictures to rounding."""
-    options = {
-        "precision": "fp32",
-        "iterations": 1,
-        "num_steps": 10,
-        "lr": 1e-5,
-    }
+    options = {"precision": "fp32", "iterations": 1, "num_steps": 10, "lr": 1e-5}
     expected = on_gpu("ddpo_iskl", tmp_path, device="cpu", **options)
     actual = on_gpu("ddpo_iskl", tmp_path, **options)
     assert_close(actual, expected, 0, ["eval_reward", "eval_align", "eval_diversity"], rel=1e-3)
@@ -117,17 +111,12 @@ def test_an_update_that_overflows_is_skipped(tmp_path, monkeypatch):
     state = load_state(folder)
     assert state["scaler"]["scale"] == 2**14  # halved twice
     pretrained = load_policy(script, EMOJI).params
-    for weight, before in zip(state["weights"], pretrained):
-        assert torch.equal(weight, before)
+    assert all(map(torch.equal, state["weights"], pretrained))
 
 
 @pytest.mark.parametrize("flag", ["gradient_checkpointing", "compile"])
 def test_flags_that_only_change_memory_and_speed(flag, tmp_path):
-    options = {
-        "lora_rank": 4,
-        "precision": "fp32",
-        "iterations": 1,
-    }
+    options = {"lora_rank": 4, "precision": "fp32", "iterations": 1}
     expected = on_gpu("ddpo_is", tmp_path, **options)
     options[flag] = True
     actual = on_gpu("ddpo_is", tmp_path, **options)

@@ -1,6 +1,10 @@
-"""Each patch of variants/ on today's script: it applies, runs, and does what its head says."""
+"""Each patch of variants/ on today's script: it applies, runs, and does what its head says.
+
+So does a user's script that evaluates finished runs, results/held_out/evaluate.py.
+"""
 
 import importlib.util
+import runpy
 import shutil
 import subprocess
 
@@ -12,6 +16,8 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from safetensors.torch import load_file
 from test_sampler import draw_with_diffusers
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+import ddpo_is
 
 
 @pytest.fixture
@@ -87,6 +93,28 @@ def test_group_advantages(apply, tmp_path, tiny_sd, few_prompts, monkeypatch):
     assert not advantages[:3].any()
 
 
+def test_common_draws(apply, tmp_path, tiny_sd, few_prompts, monkeypatch):
+    mine = apply("rwr.py", "common_draws")
+    seen = []
+    accumulate = mine.accumulate_gradients
+
+    def record(unet, rollout, *rest):
+        seen.append((rollout["timesteps"].numpy(), rollout["noise"].numpy()))
+        return accumulate(unet, rollout, *rest)
+
+    monkeypatch.setattr(mine, "accumulate_gradients", record)
+    run(mine, tmp_path, tiny_sd, num_samples=16, num_updates=2, prompts=few_prompts)
+    assert len(seen) == 4
+    for draws in zip(*seen):  # all timesteps, then all noise
+        draws = np.concatenate(draws)
+        first = draws[::4]  # of the samples of a prompt
+        assert (draws == first.repeat(4, axis=0)).all()
+        assert len(np.unique(first, axis=0)) == 16  # prompts, updates and iterations differ
+    timesteps = np.concatenate([timesteps for timesteps, _ in seen])
+    assert (timesteps // 200 == range(5)).all()  # one in each fifth of 1000
+    assert len(np.unique(timesteps % 200)) > 50  # of 80 distinct draws
+
+
 def test_own_unet_layers(apply, tmp_path, tiny_sd, few_prompts):
     mine = apply("ddpo_is.py", "own_unet_layers")
     # without LoRA: the attention of the up blocks moves, and nothing else
@@ -152,3 +180,16 @@ def test_sdxl(apply, tmp_path, tiny_sdxl, few_prompts):
     latents = sample(trained)
     assert_same(latents, draw(policy))
     assert (latents - pretrained).abs().max() > 1e-2
+
+
+def test_held_out_evaluation_of_the_trained_prompts_is_the_runs_own(
+    tmp_path, tiny_sd, few_prompts, brightness
+):
+    changes = {"prompts": few_prompts, "reward": brightness, "lr": 2e-2}
+    folder = run(ddpo_is, tmp_path / "runs", tiny_sd, **changes)
+    evaluate = runpy.run_path(str(ROOT / "results/held_out/evaluate.py"))["evaluate"]
+    evaluate(folder, few_prompts, tmp_path / "out")
+    before, _, after = read_metrics(folder)
+    assert abs(after["eval_reward"] - before["eval_reward"]) > 0.01
+    for row, expected in zip(read_metrics(tmp_path / "out"), (before, after), strict=True):
+        assert row == pytest.approx({name: expected[name] for name in row}, rel=1e-6)
