@@ -19,6 +19,8 @@ FLAGS=${FLAGS:---model models/emoji --precision fp32}
 
 # set            scripts            rewards              seeds  iterations and flags
 # group needs: patch -o ddpo_is_groups.py ddpo_is.py variants/group_advantages.patch
+# rwr_common needs: patch -o rwr_common.py rwr.py variants/common_draws.patch
+# held_out is evaluated by results/held_out/evaluate.py when its runs have ended
 # squared_kl has a third form, the term as printed: leave out "- kl.detach()" in compute_loss
 RUNS="
 table1           ddpo_sf            compress,incompress  1-5    200 --num-updates 4 --lr 3e-4
@@ -45,6 +47,11 @@ main_command_70  ddpo_iskl          compress             1-1    70
 group            ddpo_is_groups     compress,incompress  1-3    30 --lr 1e-4
 fresh            rwr                compress,incompress  6-8    60
 fresh            ddpo_is            compress,incompress  6-8    60 --lr 1e-4
+held_out         ddpo_is            compress,incompress  1-3    60 --lr 1e-4 --prompts results/held_out/trained_on.txt
+held_out         ddpo_iskl          compress,incompress  1-3    60 --prompts results/held_out/trained_on.txt
+learned          ddpo_sf,ddpo_iskl  results/learned/fluent.py:fluent           1-3  40
+learned          ddpo_is            results/learned/fluent.py:fluent           1-3  40 --lr 1e-4
+rwr_common       rwr_common         compress,incompress  6-8    60
 permuted         ddpo_is,ddpo_iskl,rwr  results/permuted/permuted.py:compress  1-3  60
 permuted         ddpo_is            results/permuted/permuted.py:compress      1-3  60 --lr 1e-4
 "
@@ -85,7 +92,7 @@ commands() {
     for script in ${scripts//,/ }; do
       for reward in ${rewards//,/ }; do
         for seed in $(seq ${seeds/-/ }); do
-          run "$script" "$reward" "$seed" "$OUT/$set/$script${flags// /}" "$iterations" $flags
+          run "$script" "$reward" "$seed" "$OUT/$set/$script${flags//[ \/]/}" "$iterations" $flags
         done
       done
     done

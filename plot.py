@@ -65,7 +65,7 @@ DEFAULTS = {
     "kl_coef": 0.01,
     "beta": 10.0,
 }
-ONE_UPDATE = ("ddpo_sf", "rwr", "rwr_sparse")  # by default
+ONE_UPDATE = ("ddpo_sf", "rwr", "rwr_common", "rwr_sparse")  # by default
 # flags that tell the runs of a setting apart, or change speed and memory only
 NOT_NAMED = "reward seed iterations out resume save_every track".split()
 NOT_NAMED += "device micro_batch gradient_checkpointing compile".split()

@@ -10,8 +10,7 @@ import rwr
 def rise(script, out, model, prompts, **changes):
     """The gain in evaluated reward, with which no sample of training has anything in common."""
     options = {"prompts": prompts, "num_samples": 16, "num_steps": 8, "save_every": 100}
-    folder = run(script, out, model, **options | changes)
-    before, *_, after = read_metrics(folder)
+    before, *_, after = read_metrics(run(script, out, model, **options | changes))
     return after["eval_reward"] - before["eval_reward"]
 
 

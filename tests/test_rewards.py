@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from huggingface_hub import constants
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
+from test_pretrain import pretrain
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 import rewards
@@ -28,11 +29,6 @@ from rewards import RewardError, load_metrics, load_reward
 
 ROOT = Path(rewards.__file__).resolve().parent
 CLIP = str(ROOT / "models/emoji/clip")
-NAMES = (  # in the order of models/emoji/samples.png
-    "cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox "
-    "wolf lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle "
-    "frog chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo elephant"
-).split()
 PROMPTS = ["cat", "a dog", "two foxes", "a whale on the moon"]
 
 
@@ -183,16 +179,16 @@ def test_the_clip_metrics_of_the_published_pictures_are_those_of_the_model_card(
         x, y = i // 4 % 4 * 264 + i % 4 * 64, i // 16 * 78 + 13
         images.append(sheet[y : y + 64, x : x + 64])
     images = np.stack(images)
-    prompts = np.repeat(NAMES, 4).tolist()
+    prompts = np.repeat(pretrain.NAMES, 4).tolist()
     scores = load_reward("clip", clip_folder=CLIP)(images, prompts)[0]
     measure = load_metrics("compress", "cpu", CLIP)
-    metrics = measure(scores, images, prompts, NAMES)
+    metrics = measure(scores, images, prompts, pretrain.NAMES)
     assert rewards.load_open_clip.cache_info().misses == 1
     assert abs(100 * metrics["eval_top1"] - float(promised[1])) < 1
     np.testing.assert_allclose(metrics["eval_align"], scores.mean(), rtol=1e-5)
 
     # dogs that should be cats, and other names than before, of which one is there twice
-    wrong = measure(scores[:4], images[4:8], ["dog", "cat", "dog", "dog"], NAMES)
+    wrong = measure(scores[:4], images[4:8], ["dog", "cat", "dog", "dog"], pretrain.NAMES)
     assert wrong["eval_top1"] == 0.75
     names = ["bee", "dog", "cat", "cat"]
     wrong = measure(scores[:4], images[2:6], ["cat", "cat", "cat", "dog"], names)

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -427,10 +426,6 @@ def test_a_run_of_another_script_is_refused(straight, script):
             resume()
 
 
-def in_channels_last(tensor):
-    return tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
-
-
 def test_the_optimizer_moves_between_devices(straight, options, tmp_path):
     """A GPU has its weights and moments in channels_last, and a fused AdamW; a CPU neither.
 
@@ -439,7 +434,8 @@ def test_the_optimizer_moves_between_devices(straight, options, tmp_path):
     state = load_state(straight(ddpo_is))
     for moments in state["optimizer"]["state"].values():
         for name in ("exp_avg", "exp_avg_sq"):
-            moments[name] = in_channels_last(moments[name])
+            if moments[name].ndim == 4:
+                moments[name] = moments[name].to(memory_format=torch.channels_last)
     state["optimizer"]["param_groups"][0]["fused"] = True
     torch.save(state, tmp_path / "checkpoint.pt")
 
@@ -641,14 +637,6 @@ def test_equal_rewards_are_said_and_train_nothing(options, tmp_path, capsys, scr
     assert words in capsys.readouterr().out
     pretrained = load_policy(script, options["model"]).params
     assert all(map(torch.equal, load_state(folder)["weights"], pretrained))
-
-
-def test_a_clock_that_is_set_back(options, tmp_path, monkeypatch):
-    clock = itertools.count(2e9, -3600)  # seconds
-    monkeypatch.setattr(time, "time", lambda: next(clock))
-    row = read_metrics(run(ddpo_is, tmp_path, **options | {"iterations": 1}))[1]
-    assert 0 < row["sample_s"] < 3600
-    assert 0 < row["train_s"] < 3600
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
