@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+import diffusers
 from diffusers import UNet2DConditionModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -51,6 +52,8 @@ def evaluate(run, file, out):
 
 
 if __name__ == "__main__":
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
     file, out, *runs = sys.argv[1:]
     for run in map(Path, runs):
         evaluate(run, file, Path(out, run.name))
