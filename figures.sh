@@ -68,6 +68,7 @@ curves @/table1/ddpo_is @/table1/ddpo_iskl @/small_lr --x eval_align --out @/tra
 contrast @/table1/ddpo_is @/table1/ddpo_iskl @/small_lr/ddpo_is-* @/small_lr/ddpo_sf* @/rwr/rwr --out @/contrast.png
 pictures @/table1/ddpo_is*/*__compress__s1__* @/small_lr/ddpo_is-*/*__compress__s1__* --across prompts --prompt 0 1 4 6 9 11 14 15 --out @/before_after.png
 pictures @/rwr/rwr/*__s1__* @/rwr_printed/rwr/*__s1__* --across prompts --prompt 0 1 4 6 9 --out @/rwr_pictures.png
+pictures @/learned/*/*__s1__* --across prompts --prompt 0 1 4 6 9 11 14 15 --out @/learned.png
 pictures @/held_out/evaluated/*__s1__* --across prompts --prompt 0 1 5 7 9 11 12 14 --out @/held_out.png
 "
 

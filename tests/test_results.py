@@ -7,7 +7,8 @@ import shlex
 import subprocess
 
 import numpy as np
-from conftest import ROOT
+import pytest
+from conftest import ROOT, read_metrics
 from PIL import Image
 
 import plot
@@ -80,11 +81,25 @@ def test_means_of_the_readme_are_in_the_tables():
         assert re.search(rf"[ -]{re.escape(mean)} ", tables), mean
 
 
+def score_grid(reward, grid):
+    """The rewards of the 64 evaluation pictures in images/."""
+    cells = np.asarray(Image.open(grid)).reshape(2, 64, 32, 64, 3).swapaxes(1, 2)
+    return load_reward(reward)(cells.reshape(64, 64, 64, 3), [""] * 64)[0]
+
+
+def test_the_learned_reward_of_the_published_pictures():
+    grids = sorted(RESULTS.glob("learned/*/*/images/*.png"))
+    assert len(grids) == 6
+    for grid in grids:
+        row = read_metrics(grid.parents[1])[int(grid.stem)]
+        rewards = score_grid(f"{RESULTS}/learned/fluent.py:fluent", grid)
+        assert rewards.mean() == pytest.approx(row["eval_reward"], abs=1e-4)
+
+
 def test_the_share_of_the_variance_between_prompts():
     """Of the size of the pretrained model's 64 evaluation pictures: 32 prompts, two noises."""
     (grid,) = RESULTS.glob("main_command_70/*/images/0000.png")
-    cells = np.asarray(Image.open(grid)).reshape(2, 64, 32, 64, 3).swapaxes(1, 2)
-    sizes = load_reward("incompress")(cells.reshape(64, 64, 64, 3), [""] * 64)[0].reshape(2, 32)
+    sizes = score_grid("incompress", grid).reshape(2, 32)
     between = 2 * sizes.mean(axis=0).var(ddof=1)
     within = sizes.var(axis=0, ddof=1).mean()
     share = (between - within) / (between + within)  # intraclass correlation
