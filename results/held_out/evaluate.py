@@ -1,10 +1,12 @@
-"""Evaluate runs on prompts that they were not trained on, before and after training.
+"""Evaluate finished runs on prompts that they were not trained on, before and after training.
 
     python results/held_out/evaluate.py results/held_out/held_out.txt OUT RUN...
 
-Writes OUT/NAME for each run folder RUN: metrics.csv with two rows, iteration 0 and the last, whose
-pictures are the script's own evaluation (two noises for each prompt), so that `plot.py table OUT`
-reads them; prompts.txt, args.json and images/ as in any run.
+Run from the root of the repository, for runs without LoRA, whose folders have unet/ (the published
+ones do not). Writes OUT/NAME for each run folder, which must not be there yet: metrics.csv with two
+rows, iteration 0 and that of the saved weights, by the script's own evaluation (of more than 32
+prompts every n-th, two noises each), so that `plot.py table OUT` reads them; prompts.txt, args.json
+and pictures as in any run.
 """
 
 import csv
@@ -21,7 +23,7 @@ from rewards import load_metrics, load_reward
 
 
 def evaluate(run, file, out):
-    """run: the folder of a finished run without LoRA; file: one prompt per line."""
+    """run, out: folders; file: one prompt per line."""
     metadata = json.loads((run / "args.json").read_text())
     script = importlib.import_module(metadata["script"])
     args = script.load_args(run)
@@ -31,13 +33,13 @@ def evaluate(run, file, out):
     pipe, _ = script.load_model(args)
     schedule = script.make_schedule(pipe, args)
     with open(run / "metrics.csv", newline="") as table:
-        last = list(csv.DictReader(table))[-1]
+        last = [row for row in csv.DictReader(table) if row["eval_reward"]][-1]
+    tuned = UNet2DConditionModel.from_pretrained(run / "unet")
 
     out.mkdir(parents=True)
     rows = []
     for iteration in (0, int(last["iteration"])):
         if iteration > 0:
-            tuned = UNet2DConditionModel.from_pretrained(run / "unet")
             pipe.unet.load_state_dict(tuned.state_dict())
         row = {"iteration": iteration, "samples": int(last["samples"]) if iteration else 0}
         row |= script.evaluate(pipe, out, iteration, prompts, score, measure, schedule, args)

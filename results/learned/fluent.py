@@ -1,13 +1,13 @@
 """A learned reward: how much a picture looks as if it were drawn by Fluent, one of six emoji sets.
 
 The paper's aesthetic reward is a linear layer on the features of CLIP ViT-L/14, trained on people's
-ratings. This is a linear layer on features of the small CLIP of models/emoji, trained to tell
-the shaded drawings of Fluent from those of the other five sets. The features are the mean and the
-standard deviation of each channel after the first residual stage; those of the last layer know the
-animal but not the style.
+ratings. This is a linear layer on features of the small CLIP of models/emoji, trained to tell the
+shaded drawings of Fluent from those of the other five sets, of which one is its flat version. The
+features are the mean and the standard deviation of each channel after the first residual stage;
+those of the last layer know the animal but not the style.
 
     python ddpo_is.py --reward results/learned/fluent.py:fluent
-    python results/learned/fluent.py    # trains it again, in 1 minute: npm, pip install resvg_py
+    python results/learned/fluent.py    # trains fluent.safetensors again: npm, pip install resvg_py
 """
 
 import sys
@@ -47,7 +47,7 @@ def extract_features(images):
 
 
 def fluent(images, prompts):
-    """Log-odds that the drawing is Fluent's. images uint8 (N, 64, 64, 3) -> (N,)."""
+    """Log-odds of Fluent, as if half of all were. images uint8 (N, 64, 64, 3) -> (N,)."""
     layer = load_file(WEIGHTS)
     return (extract_features(images) @ layer["weight"] + layer["bias"]).numpy()
 
@@ -96,7 +96,7 @@ def main():
     sys.path.insert(0, str(ROOT / "models/emoji"))
     pictures, names, is_fluent = compose_pictures(work)
     features = extract_features(pictures)
-    held_out = (ROOT / "results/held_out/held_out.txt").read_text().split()
+    held_out = (ROOT / "results/held_out/held_out.txt").read_text().splitlines()
     is_test = torch.tensor(np.isin(names, held_out))
     layer = train(features[~is_test], is_fluent[~is_test])
     save_file(layer, WEIGHTS)
