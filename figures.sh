@@ -32,7 +32,7 @@ bad_lr           ddpo_iskl          compress             1-5    50 --lr 3e-3
 one_update       ddpo_sf            compress,incompress  1-5    50 --lr 3e-4
 updates_clip     ddpo_is            compress,incompress  1-3    20 --num-updates 4
 updates_clip     ddpo_is            compress,incompress  1-3    20 --clip-range 1
-updates_clip     ddpo_sf            compress             1-3    20 --num-updates 2 --lr 3e-4
+updates_clip     ddpo_sf            compress,incompress  1-3    20 --num-updates 2 --lr 3e-4
 squared_kl       ddpo_iskl          compress             1-3    30 --num-steps 20 --num-updates 1
 squared_kl       ddpo_iskl          compress             1-3    30 --num-steps 20 --num-updates 2
 squared_kl       ddpo_iskl          compress             1-3    30 --num-steps 20 --num-updates 1 --kl squared --kl-coef 7.7
