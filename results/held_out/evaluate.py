@@ -4,9 +4,9 @@
 
 Run from the root of the repository, for runs without LoRA, whose folders have unet/ (the published
 ones do not). Writes OUT/NAME for each run folder, which must not be there yet: metrics.csv with two
-rows, iteration 0 and that of the saved weights, by the script's own evaluation (of more than 32
-prompts every n-th, two noises each), so that `plot.py table OUT` reads them; prompts.txt, args.json
-and pictures as in any run.
+rows, iteration 0 and that of the saved weights, by the script's own evaluation (up to 32 prompts
+spread over the file, two noises each), so that `plot.py table OUT` reads them; prompts.txt,
+args.json and pictures as in any run.
 """
 
 import csv
@@ -50,7 +50,7 @@ def evaluate(run, file, out):
         writer.writerows(rows)
     metadata["args"]["prompts"] = file
     (out / "args.json").write_text(json.dumps(metadata, indent=2))
-    (out / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    (out / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ The paper's aesthetic reward is a linear layer on the features of CLIP ViT-L/14,
 ratings. This is a linear layer on features of the small CLIP of models/emoji, trained to tell the
 shaded drawings of Fluent from those of the other five sets, of which one is its flat version. The
 features are the mean and the standard deviation of each channel after the first residual stage;
-those of the last layer know the animal but not the style.
+those of the last layer know the animal and hardly the style. Sources and licences of the drawings:
+models/emoji/README.md.
 
     python ddpo_is.py --reward results/learned/fluent.py:fluent
     python results/learned/fluent.py    # trains fluent.safetensors again: npm, pip install resvg_py

@@ -1,6 +1,6 @@
 """The control of "over-optimisation": JPEG rewards that are permuted over the pictures of a call.
 
-A picture gets the reward of another one, so there is nothing to learn: what the pictures lose is
+A picture gets the reward of a random one, so there is nothing to learn: what the pictures lose is
 lost to the size of the step. The mean over a call, and so eval_reward, stays as it was.
 
     python ddpo_is.py --reward results/permuted/permuted.py:compress
