@@ -445,17 +445,17 @@ def open_run(args, prompts, score):
 
 
 def load(run, params, optimizer, scaler):
-    """Restore a checkpoint, on any device. Returns the state: rows, history."""
+    """Restore a checkpoint, on any device. Returns the state: rows and, in DDPO, history."""
     state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
     for p, weight in zip(params, state["weights"], strict=True):
-        p.data.copy_(weight)
+        p.data.copy_(weight.view_as(p))  # copy_ alone would broadcast a LoRA of rank 1
     # keep the saved moments, in the weights' memory format; lr and fused are those of args
     state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict(state["optimizer"])
     for p, moments in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
             moments[name] = torch.empty_like(p).copy_(moments[name])
-    scaler.load_state_dict(state["scaler"])
+    scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # {}: not saved in fp16
     return state
 
 
@@ -563,11 +563,11 @@ def main(args, from_command_line=False):
     say(f"{len(prompts)} prompts ({num_cut} cut at {limit} tokens): {', '.join(prompts[:5])}, ...")
 
     # start a run, or go on with one
+    state = {"rows": [{"iteration": 0, "samples": 0}], "history": {}}
+    if args.resume and Path(args.resume, "checkpoint.pt").exists():
+        state = load(Path(args.resume), params, optimizer, scaler)
     run = open_run(args, prompts, score) if rank == 0 else None
     run = gather(run)[0]
-    state = {"rows": [{"iteration": 0, "samples": 0}], "history": {}}
-    if (run / "checkpoint.pt").exists():
-        state = load(run, params, optimizer, scaler)
     rows = state["rows"]  # the same list, which the checkpoint saves
     if args.track and rank == 0:
         import wandb
@@ -643,7 +643,7 @@ def main(args, from_command_line=False):
         # log: means over the updates of all processes
         row = {
             "iteration": iteration,
-            "samples": iteration * args.num_samples,
+            "samples": rows[-1]["samples"] + args.num_samples,
             "reward_mean": float(rewards.mean()),
             "reward_std": float(rewards.std()),
             "sample_s": sampled - start,

@@ -7,14 +7,14 @@ others. With x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, the loss of one (sam
     w    = exp(beta * r) / sum of exp(beta * r) over the samples of the same prompt, minus the mean
     loss = w * mean((eps - eps_hat)^2)        t uniform over all training timesteps
 
-It needs no log-probabilities. Subtracting the mean is our addition; without it models/emoji blurs
-its pictures with either reward (docs/paper.md). The pair: diff rwr.py rwr_sparse.py
+Log-probabilities are not used. Subtracting the mean is our addition; without it models/emoji blurs
+its pictures with either reward (docs/paper.md). The two of them: diff rwr.py rwr_sparse.py
 
     python rwr.py --reward compress
     ... --iterations 20 --num-steps 20      # a quick look
     ... --resume runs/NAME                  # continue a run
 
-Measured on models/emoji, n = 3: JPEG size 2.500 -> 2.213 kB, with --reward incompress -> 2.714 kB.
+Measured on models/emoji, 60 iterations, n = 3: JPEG size 2.500 -> 2.213 kB, incompress 2.714.
 The algorithms are from "Guiding the training of diffusion models: a replication of DDPO" (Gao, Shi,
 Zhang), after DDPO (Black et al., https://arxiv.org/abs/2305.13301).
 """
@@ -247,12 +247,12 @@ def compute_weights(rewards, prompts, args):
         effective_samples[peers] = 1 / np.sum(weights[peers] ** 2)
         if args.center_weights:
             weights[peers] -= weights[peers].mean()
-    weights[np.abs(weights) <= 1e-7] = 0  # float32 loses them beside the others
+    weights[np.abs(weights) <= 1e-7] = 0  # rounding (all are equal), or too small to matter
     return weights, {"effective_samples": float(effective_samples.mean())}
 
 
 def compute_loss(noise_pred, noise, weights):
-    """Weighted denoising loss (Algorithm 1, lines 28-29) of n pairs.
+    """Weighted denoising loss (Algorithm 1, lines 28-29; 2, lines 24-25) of n pairs.
 
     noise_pred, noise (n, C, H, W), weights (n,). Returns the loss and the unweighted mse, (n,).
     """
@@ -263,9 +263,9 @@ def compute_loss(noise_pred, noise, weights):
 def accumulate_gradients(unet, rollout, schedule, scaler, args):
     """Gradient of the mean loss over all (sample, draw) pairs, in microbatches.
 
-    rollout: latents x_0 (N, C, H, W), embeds (2, N, L, E), weights (N,), and D draws for each
-    sample, timesteps (N, D) and noise (N, D, C, H, W). Returns the loss, a mean over all pairs, and
-    the sum of the mse over num_pairs, the pairs with a weight.
+    rollout: latents x_0 (N, C, H, W), embeds (2, N, L, E), weights (N,), and D (num_steps)
+    draws for each sample, timesteps (N, D) and noise (N, D, C, H, W). Returns the loss, a mean over
+    all pairs, and the sum of the mse over num_pairs, the pairs with a weight.
     """
     unet.zero_grad()
     has_weight = (rollout["weights"] != 0)[:, None].expand(rollout["timesteps"].shape)
@@ -282,7 +282,7 @@ def accumulate_gradients(unet, rollout, schedule, scaler, args):
 
         noise_pred = predict_noise(unet, latents, t, embeds, args.guidance_scale)
         if schedule.config.prediction_type == "v_prediction":
-            abar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+            abar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)  # where add_noise moved it
             noise_pred = abar.sqrt() * noise_pred + (1 - abar).sqrt() * latents
         loss, mse = compute_loss(noise_pred, noise, rollout["weights"][index])
         loss = loss.sum() / has_weight.numel()
@@ -421,17 +421,17 @@ def open_run(args, prompts, score):
 
 
 def load(run, params, optimizer, scaler):
-    """Restore a checkpoint, on any device. Returns the state: rows, history."""
+    """Restore a checkpoint, on any device. Returns the state: rows and, in DDPO, history."""
     state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
     for p, weight in zip(params, state["weights"], strict=True):
-        p.data.copy_(weight)
+        p.data.copy_(weight.view_as(p))  # copy_ alone would broadcast a LoRA of rank 1
     # keep the saved moments, in the weights' memory format; lr and fused are those of args
     state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict(state["optimizer"])
     for p, moments in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
             moments[name] = torch.empty_like(p).copy_(moments[name])
-    scaler.load_state_dict(state["scaler"])
+    scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # {}: not saved in fp16
     return state
 
 
@@ -516,10 +516,10 @@ def main(args, from_command_line=False):
         args.precision = "fp16" if on_gpu else "fp32"
     for name in ("lr", "max_grad_norm"):
         refuse(not getattr(args, name) > 0, f"{name} must be greater than 0")
-    rest = args.num_samples % args.samples_per_prompt + args.num_samples % world_size
-    refuse(rest, "--num-samples must be a multiple of --samples-per-prompt, and of the processes")
     least = 2  # peers to compare with
     refuse(args.samples_per_prompt < least, f"--samples-per-prompt must be {least} or more")
+    rest = args.num_samples % args.samples_per_prompt + args.num_samples % world_size
+    refuse(rest, "--num-samples must be a multiple of --samples-per-prompt, and of the processes")
 
     # load everything
     prompts = load_prompts(args.prompts)
@@ -539,11 +539,11 @@ def main(args, from_command_line=False):
     say(f"{len(prompts)} prompts ({num_cut} cut at {limit} tokens): {', '.join(prompts[:5])}, ...")
 
     # start a run, or go on with one
+    state = {"rows": [{"iteration": 0, "samples": 0}]}
+    if args.resume and Path(args.resume, "checkpoint.pt").exists():
+        state = load(Path(args.resume), params, optimizer, scaler)
     run = open_run(args, prompts, score) if rank == 0 else None
     run = gather(run)[0]
-    state = {"rows": [{"iteration": 0, "samples": 0}]}
-    if (run / "checkpoint.pt").exists():
-        state = load(run, params, optimizer, scaler)
     rows = state["rows"]  # the same list, which the checkpoint saves
     if args.track and rank == 0:
         import wandb
@@ -627,7 +627,7 @@ def main(args, from_command_line=False):
         # log: means over the updates of all processes
         row = {
             "iteration": iteration,
-            "samples": iteration * args.num_samples,
+            "samples": rows[-1]["samples"] + args.num_samples,
             "reward_mean": float(rewards.mean()),
             "reward_std": float(rewards.std()),
             "sample_s": sampled - start,

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import load_policy, run
+from conftest import load_policy, read_args, run
 from diffusers import UNet2DConditionModel
 
 import ddpo_is
@@ -158,8 +158,11 @@ def test_a_reward_that_fails_is_named_and_the_run_is_kept(tiny_sd, tmp_path):
         run(rwr, tmp_path / "runs", tiny_sd, reward=f"{path}:broken")
 
 
-def test_a_damaged_checkpoint_is_not_taken_for_none(tiny_sd, tmp_path):
-    folder = run(ddpo_is, tmp_path, tiny_sd, iterations=0)
+def test_a_checkpoint_of_another_rank_or_a_damaged_one_is_not_loaded(tiny_sd, tmp_path):
+    folder = run(ddpo_is, tmp_path, tiny_sd, iterations=0, lora_rank=1)
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        ddpo_is.main(ddpo_is.Args(resume=str(folder), lora_rank=2))
+    assert read_args(folder)["args"]["lora_rank"] == 1  # the run keeps its flags
     whole = (folder / "checkpoint.pt").read_bytes()
     (folder / "checkpoint.pt").write_bytes(whole[:1000])
     with pytest.raises(RuntimeError, match="failed|corrupt|invalid"):

@@ -372,24 +372,24 @@ def test_flags_that_are_given_anew_are_printed_and_taken(options, tmp_path):
     kept = shutil.copytree(folder, tmp_path / "kept")
     before = load_state(folder)["weights"]
     moves = []
-    for path, words in ((kept, []), (folder, ["--lr=1e-4", "--adam-betas", "0.8", "0.99"])):
+    new = ["--precision=fp16", "--num-samples=4", "--lr=1e-4", "--adam-betas", "0.8", "0.99"]
+    for path, words in ((kept, []), (folder, new)):
         resumed = Process(
             [ddpo_is.__file__, "--resume", path, "--iterations=4", *words], tmp_path / path.name
         )
         assert resumed.wait() == 0, resumed.err
         after = load_state(path)["weights"]
         moves.append(sum((x - y).abs().sum() for x, y in zip(before, after)).item())
-    assert resumed.out.splitlines()[:3] == [
+    assert resumed.out.splitlines()[:5] == [
         "iterations: 3 -> 4",
+        "precision: fp32 -> fp16",
+        "num_samples: 8 -> 4",
         "lr: 0.001 -> 0.0001",
         "adam_betas: (0.9, 0.999) -> (0.8, 0.99)",
     ]
     assert 0.05 < moves[1] / moves[0] < 0.2
-    assert read_args(folder)["args"]["lr"] == 1e-4
-    assert len(read_args(folder)["commands"]) == 2
-    assert read_args(folder)["commands"][1].endswith(
-        f"--resume {folder} --iterations=4 --lr=1e-4 --adam-betas 0.8 0.99"
-    )
+    assert [row["samples"] for row in read_metrics(folder)] == [0, 8, 16, 24, 28]
+    assert read_args(folder)["commands"][1].endswith(" ".join(new))
 
 
 def test_a_run_without_a_checkpoint_starts_again_in_its_folder(straight, options, tmp_path):

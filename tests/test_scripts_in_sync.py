@@ -56,10 +56,3 @@ def test_a_flag_is_the_same_in_all_scripts_that_have_it(name, other):
         if field in MAY_DIFFER:
             default = others[field][1]
         assert (kind, default, text) == others[field], field
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_the_flags_of_an_algorithm_come_last(name):
-    of_all = set.intersection(*[set(fields(script)) for script in SCRIPTS])
-    first = list(fields(name))[: len(of_all)]
-    assert set(first) == of_all
