@@ -29,11 +29,12 @@ import glob
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass
 from functools import cache
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Literal
 
@@ -47,6 +48,7 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure  # not pyplot: no window, no global state
 from matplotlib.font_manager import get_font_names
 
+SIZE = re.compile(r"([^ *-]+:)?(in)?compress")  # a task in kB: no sum, no user's other reward
 NAMES = {
     "ddpo_sf": "DDPO-SF",
     "ddpo_is": "DDPO-IS",
@@ -124,9 +126,6 @@ class Run:
         """{iteration: row} of the rows that have all of these columns."""
         return {row["iteration"]: row for row in self.rows if row.keys() >= set(columns)}
 
-    def best_contrast(self):
-        return max(row["contrast"] for row in self.rows)
-
 
 # ---- reading runs --------------------------------------------------------------------------------
 
@@ -179,7 +178,8 @@ def name_task(reward):
     terms = []
     for term in "".join(reward.split()).split("+"):
         weight, star, name = term.rpartition("*")
-        terms.append(weight + star + Path(name).name)
+        # a minus may be one of the path, or the sign of another term
+        terms.append(weight + star + (name if "-" in name else Path(name).name))
     return " + ".join(sorted(terms))
 
 
@@ -193,9 +193,8 @@ def read_prompts(path):
 def label_runs(runs):
     """Set each run's label: the flags that are not at DEFAULTS, and others in which runs differ."""
     # by content: a resumed run names a file with the prompts of the list that it began with
-    names = {}
-    for path in sorted((Path(__file__).parent / "prompts").glob("*.txt")):
-        names[read_prompts(path)] = path.stem
+    lists = sorted((Path(__file__).parent / "prompts").glob("*.txt"))
+    names = {read_prompts(path): path.stem for path in lists}
     for run in runs:
         name = Path(run.args["prompts"]).stem
         prompts = read_prompts(run.folder / "prompts.txt")
@@ -203,10 +202,13 @@ def label_runs(runs):
             name += "'"
         run.args["prompts"] = names.setdefault(prompts, name) if prompts else name
 
+    flags = {}  # of a script; an older run of it may lack one
+    for run in runs:
+        flags.setdefault(run.script, set()).update(run.args)
     values = {}
     for run in runs:
-        for flag, value in run.args.items():
-            values.setdefault((run.script, flag), set()).add(show_flag(value))
+        for flag in flags[run.script]:
+            values.setdefault(flag, set()).add(show_flag(run.args.get(flag)))
     for run in runs:
         centred = ", centred weights" if run.args.get("center_weights") else ""
         run.label = f"{NAMES.get(run.script, run.script)}{centred}, lr {show_flag(run.args['lr'])}"
@@ -215,7 +217,7 @@ def label_runs(runs):
             default = DEFAULTS.get(flag)
             if flag == "num_updates" and run.script in ONE_UPDATE:
                 default = 1
-            if value != default and (flag in DEFAULTS or len(values[run.script, flag]) > 1):
+            if value != default and (flag in DEFAULTS or len(values[flag]) > 1):
                 run.label += f", {flag.replace('_', ' ')} {show_flag(value)}"
 
 
@@ -244,7 +246,7 @@ def make_pairs(runs):
     pairs = []
     for (task, label), seeds in groups.items():
         prefix = task.removesuffix("compress")
-        partners = groups.get((f"{prefix}incompress", label), {})
+        partners = groups.get((f"{prefix}incompress", label), {}) if SIZE.fullmatch(task) else {}
         for seed, run in seeds.items():
             if seed not in partners:
                 continue
@@ -252,8 +254,7 @@ def make_pairs(runs):
             incompress = partners[seed].evaluations("gain")
             rows = []
             for iteration in sorted(compress.keys() & incompress.keys()):
-                first = compress[iteration]
-                second = incompress[iteration]
+                first, second = compress[iteration], incompress[iteration]
                 row = {"iteration": iteration, "samples": first["samples"]}
                 row["contrast"] = (first["gain"] + second["gain"]) / 2
                 row["drift"] = (first["gain"] - second["gain"]) / 2
@@ -291,8 +292,7 @@ def t_quantile(degrees):
     nodes, weights = np.polynomial.legendre.leggauss(64)
     log_ratio = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
     scale = 2 / math.sqrt(math.pi) * math.exp(log_ratio)
-    low = 1.9
-    high = 13.0
+    low, high = 1.9, 13.0
     for _ in range(50):  # bisection
         middle = (low + high) / 2
         half = math.atan(middle / math.sqrt(degrees)) / 2
@@ -393,13 +393,13 @@ def make_rows(runs, points, baseline, read):
             if baseline is None and values["samples"]:
                 row |= show_values(values)
             elif values["samples"] and others["samples"] and partner != (task, label):
-                row |= show_differences(values, others, paired=point < 100)
+                row |= show_differences(values, others, paired=read is stop_pairs or point < 100)
             else:
                 continue
             if read is stop_pairs:
                 missing = [str(seed) for seed in seeds if math.isnan(values["samples"][seed])]
                 row["not reached by seed"] = ", ".join(missing) or "-"
-                largest = min(pair.best_contrast() for pair in seeds.values())
+                largest = min(max(row["contrast"] for row in pair.rows) for pair in seeds.values())
                 row["all reach (kB)"] = f"{largest:.3f}"
             rows.append(row)
     return sorted(rows, key=lambda row: row["task"])
@@ -438,9 +438,8 @@ def show_values(values):
 
 def show_differences(values, others, paired):
     """The cells of one setting minus another. values, others: {column: {seed: number}}"""
-    logs = []
-    for side in (values, others):
-        logs.append({seed: math.log(queries) for seed, queries in side["samples"].items()})
+    sides = (values["samples"], others["samples"])
+    logs = [{seed: math.log(queries) for seed, queries in side.items()} for side in sides]
     interval, count = compare(*logs, paired)
     cells = {"n": count, "times its queries": "-"}
     if interval[0] != 0:
@@ -488,12 +487,13 @@ def to_markdown(rows):
 
 def choose_looks(runs):
     """{label: style}, the same in all figures for the settings of LOOKS."""
-    other_looks = cycle(OTHER_LOOKS)
+    other_looks = cycle(product(("-", "--", ":"), OTHER_LOOKS))
     looks = {}
     for run in runs:
         if run.label not in looks:
-            colour, marker = LOOKS[run.label] if run.label in LOOKS else next(other_looks)
-            looks[run.label] = {"color": colour, "marker": marker, "markersize": 4}
+            known = ("-", LOOKS.get(run.label))
+            dash, (colour, marker) = known if known[1] else next(other_looks)
+            looks[run.label] = {"color": colour, "marker": marker, "markersize": 4, "ls": dash}
     return looks
 
 
@@ -512,10 +512,7 @@ def read_curves(seeds, x, y, last=None):
     found = [run.evaluations(x, y) for run in seeds.values()]
     common = sorted(set.intersection(*[set(rows) for rows in found]))
     common = [iteration for iteration in common if last is None or iteration <= last]
-    columns = []
-    for name in (x, y):
-        columns.append(np.array([[rows[k][name] for k in common] for rows in found]))
-    return columns
+    return [np.array([[rows[k][name] for k in common] for rows in found]) for name in (x, y)]
 
 
 def draw_curves(
@@ -551,7 +548,7 @@ def draw_curves(
             if ys.size == 0:
                 continue
             title = COLUMNS.get(name, (name,))[0]
-            if name in ("eval_reward", "reward_mean") and task.endswith("compress"):
+            if name in ("eval_reward", "reward_mean") and SIZE.fullmatch(task):
                 title = "JPEG size (kB)"
                 ys = abs(ys)
             end = draw_mean(ax, label, looks[label], xs, ys)
@@ -588,7 +585,8 @@ def draw_contrast(runs: RunPaths = (Path("runs"),), out: Path = Path("contrast.p
         for name, ax in zip(("contrast", "drift"), panels[0]):
             draw_mean(ax, label, looks[label], *read_curves(seeds, "samples", name))
             ax.set(xlabel="reward queries", ylabel=COLUMNS[name][0])
-        levels = np.linspace(0, min(pair.best_contrast() for pair in seeds.values()), 41)
+        largest = [max(row["contrast"] for row in pair.rows) for pair in seeds.values()]
+        levels = np.linspace(0, min(largest), 41)
         scores = [stop_at(pair, levels, "eval_align") for pair in seeds.values()]
         draw_mean(panels[1, 0], label, looks[label], [levels], scores)
     panels[1, 0].set(xlabel="contrast (kB)", ylabel="CLIP score as it is first reached")
@@ -622,7 +620,8 @@ def draw_pictures(
     kind = "trajectory" if across == "steps" else "images"
     found = [list_pictures(run, kind) for run in loaded]
     spread = np.linspace(0, len(found[0]) - 1, 6).round().astype(int)
-    chosen = prompt or range(8 if across == "prompts" else 1)
+    shortest = min(len(read_grid(run, own[0], kind)) for run, own in zip(loaded, found) if own)
+    chosen = prompt or range(min(8, shortest) if across == "prompts" else 1)
     rows = []
     if across == "prompts":
         start = loaded[found.index(min(found))]
@@ -640,8 +639,9 @@ def draw_pictures(
 
 
 def list_pictures(run, kind):
-    """The iterations of the pictures in images/ or trajectory/."""
-    return sorted(int(path.stem) for path in (run.folder / kind).glob("*.png"))
+    """The iterations of the pictures in images/ or trajectory/ that have their row."""
+    numbers = sorted(int(path.stem) for path in (run.folder / kind).glob("*.png"))
+    return [number for number in numbers if number in run.evaluations("eval_reward")]
 
 
 def read_grid(run, iteration, kind):
@@ -677,7 +677,7 @@ def read_row(run, iteration, label, kind, indices):
     """Pictures of one evaluation, with its JPEG size and CLIP score."""
     evaluation = run.evaluations("eval_reward")[iteration]
     lines = [run.task, f"seed {run.args['seed']}", f"iteration {iteration}"]
-    if run.task.endswith("compress"):
+    if SIZE.fullmatch(run.task):
         lines.append(f"{abs(evaluation['eval_reward']):.2f} kB")
     if "eval_align" in evaluation:
         lines.append(f"CLIP {evaluation['eval_align']:.1f}")
@@ -700,10 +700,10 @@ def draw_rows(rows):
     for i, (label, lines, cells) in enumerate(rows):
         lines = label.split(", ") + [line for line in lines if line not in common]
         panels[i, 0].set_ylabel("\n".join(lines), rotation=0, ha="right", va="center", fontsize=10)
-        for ax, (caption, picture) in zip(panels[i], cells):
+        for ax, (caption, picture), (first, _) in zip(panels[i], cells, rows[0][2]):
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_color("lightgrey")  # a white picture is not a missing one
-            if i == 0:
+            if i == 0 or caption != first:
                 ax.set_title(caption, fontsize=10)
             if picture is None:
                 ax.spines[:].set_visible(False)

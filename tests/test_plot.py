@@ -186,13 +186,15 @@ def test_an_ambiguous_or_unknown_baseline_is_refused(tmp_path, name):
         plot.main(["table", str(tmp_path), "--baseline", name])
 
 
-def test_clip_score_when_a_contrast_is_first_reached(tmp_path, capsys):
-    """Linear between new bests: 0.1 at 10 and 0.3 at 30, the fall in between does not count."""
+@pytest.mark.parametrize("unit", [0.1, 100])
+def test_clip_score_when_a_contrast_is_first_reached(tmp_path, capsys, unit):
+    """Linear between new bests: 1 at 10 and 3 at 30, the fall in between does not count."""
     for seed in (1, 2, 3):
         aligns = [70, 60 + seed, 10, 40 + seed, 0]
-        make_pair(tmp_path, [0, 0.1, 0.05, 0.3, 0.2], [0] * 5, aligns, seed=seed, lr=1e-4)
-        make_pair(tmp_path, [0, 0.2, 0.4, 0.4, 0.4], [0] * 5, [70, 50, 0, 0, 0], seed=seed)
-    args = (tmp_path, "--contrast", 0.2)
+        contrasts = np.array([[0, 1, 0.5, 3, 2], [0, 2, 4, 4, 4]]) * unit
+        make_pair(tmp_path, contrasts[0], [0] * 5, aligns, seed=seed, lr=1e-4)
+        make_pair(tmp_path, contrasts[1], [0] * 5, [70, 50, 0, 0, 0], seed=seed)
+    args = (tmp_path, "--contrast", 2 * unit)
     ((slow, fast),) = read_tables(capsys, *args)
     assert (slow["reward queries"], slow["CLIP score"]) == ("320", "52.0 ± 1.0")
     assert (fast["reward queries"], fast["CLIP score"]) == ("160", "50.0")
@@ -246,13 +248,27 @@ def test_settings_are_compared_by_content(tmp_path, capsys):
     task = "0.5*clip + aesthetic"
     assert read_names(capsys, tmp_path) == [(task, "DDPO-IS, lr 3e-4", "3")]
 
-    # other animals in a file of the same name, and a flag that has no default in plot.py
+    # other animals in a file of the same name, a flag that older runs do not have, another model
     for i in (1, 2):
         make_run(tmp_path, ends, task=task, spelling=f"{i}/list.txt", prompts=[f"a{i}"])
-        make_run(tmp_path, ends, task=task, adv_clip=float(i))
+    make_run(tmp_path, ends, task=task, adv_clip=2.0)
+    make_run(tmp_path, ends, task=task, script="mine", model="a/stable-diffusion")
     names = [name for _, name, _ in read_names(capsys, tmp_path)]
-    assert len(names) == 5
-    assert "DDPO-IS, lr 3e-4, prompts list" in names and "DDPO-IS, lr 3e-4, adv clip 2" in names
+    setting = "DDPO-IS, lr 3e-4, model emoji"
+    assert names[:2] == ["DDPO-IS, lr 3e-4, adv clip 2, model emoji", setting]
+    assert names[2:4] == [f"{setting}, prompts list", f"{setting}, prompts list'"]
+    assert names[4:] == ["mine, lr 3e-4, model stable-diffusion"]
+
+
+def test_a_task_in_one_spelling_and_which_are_pairs_of_sizes(tmp_path):
+    tasks = {"compress": "compress", "a/my.py:compress": "my.py:compress"}
+    tasks |= {"clip - a/my.py:compress": "clip-a/my.py:compress", "compress+hps": "compress + hps"}
+    for reward, task in tasks.items():
+        assert plot.name_task(reward) == task
+        make_run(tmp_path, {0: 0, 10: 1}, task=reward)
+        make_run(tmp_path, {0: 0, 10: 1}, task=reward.replace("compress", "incompress"))
+    pairs = plot.make_pairs(plot.load_runs([tmp_path]))
+    assert {pair.task for pair in pairs} == {"both", "my.py:both"}
 
 
 def test_of_two_runs_of_a_seed_the_longer_one_counts(tmp_path, capsys):
@@ -326,14 +342,14 @@ def test_contrast_figure(tmp_path, drawn):
 def test_one_colour_per_setting_in_all_figures(tmp_path, drawn):
     out = str(tmp_path / "figure.png")
     make_run(tmp_path / "a", {0: 0, 10: 1}, script="ddpo_iskl")
-    for lr in (1e-3, 3e-4, 1e-4):
+    for lr in (1e-3, 3e-4, 1e-4, 1e-5, 2e-5, 3e-5, 4e-5):  # more than there are other colours
         make_run(tmp_path / "b", {0: 0, 10: 1}, lr=lr)
     plot.main(["curves", str(tmp_path / "a"), "--out", out])
     plot.main(["curves", str(tmp_path / "b"), str(tmp_path / "a"), "--out", out])
     lines = [line for figure in drawn for line in figure.axes[0].lines]
-    colours = {line.get_label(): to_hex(line.get_color()) for line in lines[1:]}
-    assert to_hex(lines[0].get_color()) == colours["DDPO-ISKL, lr 3e-4 (n = 1)"] == "#009e73"
-    assert len(set(colours.values())) == 4
+    looks = {x.get_label(): (to_hex(x.get_color()), x.get_linestyle()) for x in lines[1:]}
+    assert to_hex(lines[0].get_color()) == looks["DDPO-ISKL, lr 3e-4 (n = 1)"][0] == "#009e73"
+    assert len(set(looks.values())) == 8
 
 
 def add_pictures(folder, kind, iteration, cells):
@@ -362,6 +378,7 @@ def test_pictures(tmp_path, drawn):
         for k in sizes:
             add_pictures(folder, "images", k, [[k + i + 1 for i in range(4)], [0] * 4])
             add_pictures(folder, "trajectory", k, [[k + i for i in range(6)]])
+        add_pictures(folder, "images", 30, [[1] * 4, [1] * 4])  # killed before its row was written
     runs = str(tmp_path / "runs")
     setting = ["DDPO-IS", "lr 3e-4", "prompts my"]
 
@@ -380,8 +397,14 @@ def test_pictures(tmp_path, drawn):
     assert rows[2] == [("", 21), ("", 23), ("", 24)]
     assert names[2] == [*setting, "seed 2", "iteration 20", "1.50 kB", "CLIP 50.0"]
 
+    (folder / "prompts.txt").write_text("1\n2\n3\n4\n")  # of the second run
+    plot.main(["pictures", runs, "--out", out, "--across", "prompts"])
+    rows, _ = read_panels(drawn[2], 4)
+    assert [title for title, _ in rows[1]] == [""] * 4
+    assert [title for title, _ in rows[2]] == ["1", "2", "3", "4"]
+
     plot.main(["pictures", runs, "--out", out, "--across", "steps", "--iteration", "20"])
-    rows, _ = read_panels(drawn[2], 6)
+    rows, _ = read_panels(drawn[3], 6)
     assert rows[0] == [(f"step {step}", 20 + i) for i, step in enumerate((0, 9, 19, 29, 39, 49))]
 
 
