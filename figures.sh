@@ -108,16 +108,20 @@ figures() {
   done <<<"${FIGURES:1:-1}"
 }
 
+dry_run=
+sets=()
 for word in "$@"; do
-  [[ "$RUNS--dry-run figures " == *[[:space:]]"$word "* ]] || { echo "$word: no such set" >&2; exit 2; }
+  if [[ $word == --dry-run ]]; then dry_run=1; continue; fi
+  [[ "${RUNS}figures " == *$'\n'"$word "* ]] || { echo "$word: no such set" >&2; exit 2; }
+  sets+=("$word")
 done
-if [[ ${1:-} == --dry-run ]]; then
-  commands "${@:2}"
+if [[ $dry_run ]]; then
+  commands "${sets[@]}"
   figures
   exit
 fi
 # two threads of each run would stall one another
 [[ $JOBS == 1 ]] || export OMP_NUM_THREADS=1
-commands "$@" | tr '\n' '\0' | xargs -0 -r -P "$JOBS" -n 1 bash -xc || failed=1
+commands "${sets[@]}" | tr '\n' '\0' | xargs -0 -r -P "$JOBS" -n 1 bash -xc || failed=1
 figures | bash -x || true  # a figure says so if its runs are missing
 exit ${failed:-0}

@@ -38,16 +38,19 @@ def test_figures_sh_plans_the_published_sets_and_skips_what_is_done(tmp_path):
     for run, iteration in ((done, 50), (begun, 40)):
         run.mkdir(parents=True)
         (run / "metrics.csv").write_text(f"iteration,samples\n{iteration},0\n")
-    command = ["bash", ROOT / "figures.sh", "--dry-run"]
-    text = subprocess.check_output(command, env=os.environ | {"OUT": str(out)}, text=True)
+    sets = {run.relative_to(RESULTS).parts[0] for run in RUNS}
+    command = ["bash", ROOT / "figures.sh", *sets, "--dry-run"]
+    environment = os.environ | {"OUT": str(out), "PYTHON": "echo"}
+    text = subprocess.check_output(command, env=environment, text=True)
     lines = [shlex.split(line) for line in text.splitlines()]
     parents = {line[-1].removeprefix(f"{out}/").split("/")[0] for line in lines if "--out" in line}
 
-    assert {run.relative_to(RESULTS).parts[0] for run in RUNS} <= parents
-    assert ["python", "ddpo_iskl.py", "--resume", str(begun), "--iterations", "50"] in lines
+    assert sets <= parents
+    assert ["echo", "ddpo_iskl.py", "--resume", str(begun), "--iterations", "50"] in lines
     assert not any(str(done) in line for line in lines)
     bad_lr = [line for line in lines if line[-1].startswith(str(out / "bad_lr"))]
     assert len(bad_lr) == 3  # of five, one is done and one resumed
+    assert subprocess.call(["bash", ROOT / "figures.sh", "ddpo_iskl"]) == 2  # no set
 
 
 def test_the_runs_of_a_set_have_one_origin_and_name_no_path_of_a_machine():
