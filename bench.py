@@ -13,6 +13,7 @@ convolutions and attention reach, without the second forward pass of checkpointi
 import importlib
 import math
 import os
+import resource
 import statistics
 import subprocess
 import time
@@ -25,7 +26,6 @@ from typing import Literal
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import diffusers
-import psutil
 import torch
 import tyro
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -132,7 +132,7 @@ def train(policy, rollout):
 
 
 def measure(function, repeats):
-    """Median seconds of calls after one that warms up, and peak GB (on a CPU of the process)."""
+    """Median seconds of calls after one that warms up, and peak GB (on a CPU the process's)."""
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = []
@@ -143,7 +143,7 @@ def measure(function, repeats):
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
 
-    peak = psutil.Process().memory_info().rss
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if DEVICE == "cuda":
         peak = torch.cuda.max_memory_allocated()
     return statistics.median(seconds[-repeats:]), peak / 1e9

@@ -219,6 +219,8 @@ def main(args):
                 process = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=timeout)
                 error = process.stderr[-300:]
             except subprocess.TimeoutExpired:
+                if timeout < seconds:  # not its fault
+                    return
                 error = f"stopped after {timeout:.0f} s"
             for name in get_missing(args, group)[:1]:
                 write_line(args, name, start, {"error": error})

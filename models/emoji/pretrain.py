@@ -105,7 +105,7 @@ COLORS = {
 @dataclass
 class Args:
     work: str = "runs/pretrain"
-    """folder for downloads, pictures and checkpoints (1.5 GB); remove it to start from nothing"""
+    """downloads, pictures and checkpoints (1.5 GB); with other flags than before take a new one"""
     out: str = "models/emoji"
     """folder of the finished model"""
     seed: int = 0
@@ -197,7 +197,8 @@ def fetch_drawings(work):
         arrays["names"].append(label_of.get(icon, ""))
         arrays["icons"].append(icon)
 
-    np.savez(work / "drawings.npz", **{key: np.array(values) for key, values in arrays.items()})
+    np.savez(work / "part.npz", **{key: np.array(values) for key, values in arrays.items()})
+    (work / "part.npz").rename(work / "drawings.npz")  # never half-written
 
 
 def compose(drawing, name, rng):
