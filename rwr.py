@@ -114,7 +114,7 @@ class Args:
     """(sample, step) pairs per forward pass, at most: only memory and speed; 0 = choose"""
     # this algorithm
     samples_per_prompt: int = 4
-    """samples of each prompt in an iteration, which are compared with each other"""
+    """samples of each prompt that is drawn; those of one prompt are compared with each other"""
     center_weights: bool = True
     """subtract the mean weight of a prompt's samples; Algorithms 1 and 2 do not"""
     beta: float = 10.0
