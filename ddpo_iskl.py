@@ -190,7 +190,7 @@ def ddpm_step(unet, latents, step, embeds, schedule, args, next_latents=None, no
         next_latents = mean + sigma * noise
 
     log_density = -0.5 * ((next_latents - mean) / sigma) ** 2 - sigma.log()
-    log_prob = (log_density - 0.5 * math.log(2 * math.pi)).mean(dim=(1, 2, 3))
+    log_prob = (log_density - 0.5 * math.log(2 * math.pi)).mean((1, 2, 3))
     return next_latents, log_prob, mean
 
 
@@ -204,7 +204,6 @@ def sample_trajectories(pipe, prompts, generators, schedule, args):
         prompts, args.device, num_images_per_prompt=1, do_classifier_free_guidance=True
     )
     embeds = torch.stack([negative_prompt_embeds, prompt_embeds])
-
     # [:, 0] is x_T, [:, i + 1] the noise of step i until x_{t-1} replaces it; drawn on the CPU
     shape = (len(prompts), args.num_steps + 1, *schedule.latent_shape)
     latents = randn_tensor(shape, generator=generators).to(args.device)
@@ -218,6 +217,7 @@ def sample_trajectories(pipe, prompts, generators, schedule, args):
                 x, log_prob, _ = ddpm_step(pipe.unet, *inputs, noise=latents[index, i + 1])
             latents[index, i + 1] = x
             log_probs[index, i] = log_prob
+            del x, log_prob, _  # and their graph, before the next step makes its own
     return {"latents": latents, "log_probs": log_probs, "embeds": embeds}
 
 
@@ -263,7 +263,7 @@ def compute_loss(log_prob, mean, batch, schedule, args):
     unclipped_loss = -batch["advantages"] * ratio
     clipped_loss = -batch["advantages"] * ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
     sigma = schedule.tables[-1, batch["step"]]  # of both policies, which makes the KL exact
-    kl = (mean - batch["mean_ref"]).square().mean(dim=(1, 2, 3)) / (2 * sigma**2)  # KL / D
+    kl = (mean - batch["mean_ref"]).square().mean((1, 2, 3)) / (2 * sigma**2)  # KL / D
     squared = 0.5 * (log_prob - batch["log_prob_ref"] - kl.detach()) ** 2  # kl: the baseline
     penalty = args.kl_coef * (kl if args.kl == "exact" else squared)
 
@@ -288,7 +288,7 @@ def accumulate_gradients(unet, reference, rollout, samples, schedule, scaler, ar
     pairs = torch.cartesian_prod(schedule.noisy_steps, samples)  # (num_pairs, 2)
     infos = []
     for chunk in pairs.split(args.micro_batch):
-        step, index = chunk.unbind(dim=1)
+        step, index = chunk.unbind(1)
         latents = rollout["latents"][index, step]
         next_latents = rollout["latents"][index, step + 1]
         embeds = rollout["embeds"][:, index]
@@ -380,7 +380,6 @@ def load_model(args):
     if args.micro_batch == 0:  # of Stable Diffusion 8 pairs fit in 24 GB; a CPU gains up to 80
         large = 4 if args.precision == "fp32" else 8
         args.micro_batch = large if is_large else 80
-
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     if args.lora_rank:
@@ -448,14 +447,15 @@ def load(run, params, optimizer, scaler):
     """Restore a checkpoint, on any device. Returns the state: rows and, in DDPO, history."""
     state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
     for p, weight in zip(params, state["weights"], strict=True):
-        p.data.copy_(weight.view_as(p))  # copy_ alone would broadcast a LoRA of rank 1
+        p.data.copy_(weight)
     # keep the saved moments, in the weights' memory format; lr and fused are those of args
     state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict(state["optimizer"])
     for p, moments in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
             moments[name] = torch.empty_like(p).copy_(moments[name])
-    scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # {}: not saved in fp16
+    if state["scaler"]:  # {}: it was not saved in fp16
+        scaler.load_state_dict(state["scaler"])
     return state
 
 
@@ -481,7 +481,6 @@ def evaluate(pipe, run, iteration, prompts, score, measure, schedule, args):
         grid.thumbnail((4096, 4096))
         (run / folder).mkdir(exist_ok=True)
         grid.save(run / folder / f"{iteration:04d}.png")
-
     rewards, _ = score(images, chosen)
     return measure(rewards, images, chosen, prompts)
 
@@ -564,7 +563,7 @@ def main(args, from_command_line=False):
 
     # start a run, or go on with one
     state = {"rows": [{"iteration": 0, "samples": 0}], "history": {}}
-    if args.resume and Path(args.resume, "checkpoint.pt").exists():
+    if saved and Path(args.resume, "checkpoint.pt").exists():
         state = load(Path(args.resume), params, optimizer, scaler)
     run = open_run(args, prompts, score) if rank == 0 else None
     run = gather(run)[0]
@@ -614,11 +613,12 @@ def main(args, from_command_line=False):
 
         # reward
         rewards, reward_parts = score(images, all_prompts[own])
-        rewards = np.stack(gather(rewards), axis=1).flatten()  # in the order of all_prompts
+        rewards = np.stack(gather(rewards), 1).flatten()  # in the order of all_prompts
         rewarded = time.perf_counter()
 
         # train: each update takes an equal share of the samples, which are independent
-        advantages = compute_advantages(rewards, all_prompts, state["history"], args.adv_clip)
+        history = state["history"].setdefault(args.reward, {})  # --resume may change the reward
+        advantages = compute_advantages(rewards, all_prompts, history, args.adv_clip)
         rollout["advantages"] = torch.tensor(advantages[own]).to(rollout["log_probs"])
         updates = []
         for samples in torch.arange(len(images), device=args.device).split(share):
@@ -671,7 +671,7 @@ def main(args, from_command_line=False):
         say(f"{args.reward}: {change} on fixed prompts and noise; see {run}")
     if dist.is_initialized():
         dist.destroy_process_group()
-    if stopped_by:
+    if stopped_by and not rank:  # torchrun ends process 0 if another fails while it still saves
         sys.exit(128 + stopped_by)
     return run
 

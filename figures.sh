@@ -3,7 +3,7 @@
 # interrupted one is resumed, so this script can be stopped and started again.
 #
 #   ./figures.sh --dry-run                print the commands, run nothing
-#   ./figures.sh                          all runs, about 17 hours on 2 cores, then the figures
+#   ./figures.sh                          all runs, about 18 hours on 2 cores, then the figures
 #   ./figures.sh table1 small_lr          the runs of these sets, then the figures they suffice for
 #   OUT=results ./figures.sh figures      only the figures, here those of the published runs
 #   JOBS=2 ./figures.sh                   two runs at a time

@@ -188,7 +188,7 @@ def ddpm_step(unet, latents, step, embeds, schedule, args, next_latents=None, no
         next_latents = mean + sigma * noise
 
     log_density = -0.5 * ((next_latents - mean) / sigma) ** 2 - sigma.log()
-    log_prob = (log_density - 0.5 * math.log(2 * math.pi)).mean(dim=(1, 2, 3))
+    log_prob = (log_density - 0.5 * math.log(2 * math.pi)).mean((1, 2, 3))
     return next_latents, log_prob, mean
 
 
@@ -202,7 +202,6 @@ def sample_trajectories(pipe, prompts, generators, schedule, args):
         prompts, args.device, num_images_per_prompt=1, do_classifier_free_guidance=True
     )
     embeds = torch.stack([negative_prompt_embeds, prompt_embeds])
-
     # [:, 0] is x_T, [:, i + 1] the noise of step i until x_{t-1} replaces it; drawn on the CPU
     shape = (len(prompts), args.num_steps + 1, *schedule.latent_shape)
     latents = randn_tensor(shape, generator=generators).to(args.device)
@@ -216,6 +215,7 @@ def sample_trajectories(pipe, prompts, generators, schedule, args):
                 x, log_prob, _ = ddpm_step(pipe.unet, *inputs, noise=latents[index, i + 1])
             latents[index, i + 1] = x
             log_probs[index, i] = log_prob
+            del x, log_prob, _  # and their graph, before the next step makes its own
     return {"latents": latents, "log_probs": log_probs, "embeds": embeds}
 
 
@@ -259,7 +259,7 @@ def compute_loss(noise_pred, noise, weights):
 
     noise_pred, noise (n, C, H, W), weights (n,). Returns the loss and the unweighted mse, (n,).
     """
-    mse = (noise - noise_pred).square().mean(dim=(1, 2, 3))
+    mse = (noise - noise_pred).square().mean((1, 2, 3))
     return weights * mse, mse
 
 
@@ -277,7 +277,7 @@ def accumulate_gradients(unet, rollout, schedule, scaler, args):
     if len(pairs) == 0:  # of this process
         return metrics
     for chunk in pairs.split(args.micro_batch):
-        index, draw = chunk.unbind(dim=1)
+        index, draw = chunk.unbind(1)
         t = rollout["timesteps"][index, draw]
         noise = rollout["noise"][index, draw]
         latents = schedule.add_noise(rollout["latents"][index], noise, t)  # x_t (line 24)
@@ -359,7 +359,6 @@ def load_model(args):
     if args.micro_batch == 0:  # of Stable Diffusion 8 pairs fit in 24 GB; a CPU gains up to 80
         large = 4 if args.precision == "fp32" else 8
         args.micro_batch = large if is_large else 80
-
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     if args.lora_rank:
@@ -427,14 +426,15 @@ def load(run, params, optimizer, scaler):
     """Restore a checkpoint, on any device. Returns the state: rows and, in DDPO, history."""
     state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
     for p, weight in zip(params, state["weights"], strict=True):
-        p.data.copy_(weight.view_as(p))  # copy_ alone would broadcast a LoRA of rank 1
+        p.data.copy_(weight)
     # keep the saved moments, in the weights' memory format; lr and fused are those of args
     state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict(state["optimizer"])
     for p, moments in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
             moments[name] = torch.empty_like(p).copy_(moments[name])
-    scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # {}: not saved in fp16
+    if state["scaler"]:  # {}: it was not saved in fp16
+        scaler.load_state_dict(state["scaler"])
     return state
 
 
@@ -460,7 +460,6 @@ def evaluate(pipe, run, iteration, prompts, score, measure, schedule, args):
         grid.thumbnail((4096, 4096))
         (run / folder).mkdir(exist_ok=True)
         grid.save(run / folder / f"{iteration:04d}.png")
-
     rewards, _ = score(images, chosen)
     return measure(rewards, images, chosen, prompts)
 
@@ -543,7 +542,7 @@ def main(args, from_command_line=False):
 
     # start a run, or go on with one
     state = {"rows": [{"iteration": 0, "samples": 0}]}
-    if args.resume and Path(args.resume, "checkpoint.pt").exists():
+    if saved and Path(args.resume, "checkpoint.pt").exists():
         state = load(Path(args.resume), params, optimizer, scaler)
     run = open_run(args, prompts, score) if rank == 0 else None
     run = gather(run)[0]
@@ -596,7 +595,7 @@ def main(args, from_command_line=False):
 
         # reward
         rewards, reward_parts = score(images, all_prompts[own])
-        rewards = np.stack(gather(rewards), axis=1).flatten()  # in the order of all_prompts
+        rewards = np.stack(gather(rewards), 1).flatten()  # in the order of all_prompts
         rewarded = time.perf_counter()
 
         # train: each update takes all samples, with as many new draws of noise as there are steps
@@ -659,7 +658,7 @@ def main(args, from_command_line=False):
         say(f"{args.reward}: {change} on fixed prompts and noise; see {run}")
     if dist.is_initialized():
         dist.destroy_process_group()
-    if stopped_by:
+    if stopped_by and not rank:  # torchrun ends process 0 if another fails while it still saves
         sys.exit(128 + stopped_by)
     return run
 
