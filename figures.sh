@@ -43,6 +43,8 @@ rwr              rwr                incompress           1-3    30 --no-center-w
 rwr_printed      rwr,rwr_sparse     compress,incompress  1-3    30 --lr 1e-4 --no-center-weights
 rwr_printed      rwr                compress             1-3    30 --lr 1e-4 --no-center-weights --beta 0
 clip             ddpo_sf,ddpo_is,ddpo_iskl  clip         1-3    40
+kl               ddpo_iskl          compress,incompress  1-3    60 --kl-coef 0.003
+kl               ddpo_iskl          compress,incompress  1-3    60 --kl-coef 0.03
 main_command_70  ddpo_iskl          compress             1-1    70
 group            ddpo_is_groups     compress,incompress  1-3    30 --lr 1e-4
 fresh            rwr                compress,incompress  6-8    60
