@@ -105,6 +105,7 @@ rcParams["grid.alpha"] = 0.3
 rcParams["legend.frameon"] = False
 rcParams["savefig.dpi"] = 160
 
+LISTS = Path(__file__).parent / "prompts"
 RunPaths = tyro.conf.Positional[tuple[Path, ...]]
 
 
@@ -193,8 +194,7 @@ def read_prompts(path):
 def label_runs(runs):
     """Set each run's label: the flags that are not at DEFAULTS, and others in which runs differ."""
     # by content: a resumed run names a file with the prompts of the list that it began with
-    lists = sorted((Path(__file__).parent / "prompts").glob("*.txt"))
-    names = {read_prompts(path): path.stem for path in lists}
+    names = {read_prompts(path): path.stem for path in sorted(LISTS.glob("*.txt"))}
     for run in runs:
         name = Path(run.args["prompts"]).stem
         prompts = read_prompts(run.folder / "prompts.txt")
@@ -491,9 +491,9 @@ def choose_looks(runs):
     looks = {}
     for run in runs:
         if run.label not in looks:
-            known = ("-", LOOKS.get(run.label))
-            dash, (colour, marker) = known if known[1] else next(other_looks)
-            looks[run.label] = {"color": colour, "marker": marker, "markersize": 4, "ls": dash}
+            look = LOOKS.get(run.label)
+            line, (colour, marker) = ("-", look) if look else next(other_looks)
+            looks[run.label] = {"color": colour, "marker": marker, "markersize": 4, "ls": line}
     return looks
 
 
@@ -510,8 +510,8 @@ def draw_mean(ax, label, look, xs, ys):
 def read_curves(seeds, x, y, last=None):
     """Two columns at the iterations for which all seeds have both: (seeds, P) each."""
     found = [run.evaluations(x, y) for run in seeds.values()]
-    common = sorted(set.intersection(*[set(rows) for rows in found]))
-    common = [iteration for iteration in common if last is None or iteration <= last]
+    common = set.intersection(*[set(rows) for rows in found])
+    common = sorted(k for k in common if last is None or k <= last)
     return [np.array([[rows[k][name] for k in common] for rows in found]) for name in (x, y)]
 
 
@@ -537,8 +537,7 @@ def draw_curves(
     groups = group_runs(loaded)
     looks = choose_looks(loaded)
     tasks = list(dict.fromkeys(task for task, _ in groups))
-    size = (4.8 * len(tasks), 3.2 * len(metric) + 1)  # inches
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(4.8 * len(tasks), 3.2 * len(metric) + 1), layout="constrained")
     panels = figure.subplots(len(metric), len(tasks), squeeze=False)
     beyond = {}
     for (task, label), seeds in groups.items():
@@ -654,7 +653,8 @@ def read_grid(run, iteration, kind):
     else:
         line = line[: len(line) // 2]
         count = round(line.shape[1] / len(line))  # squares; large grids were scaled down
-        prompts = read_prompts(run.folder / "prompts.txt") or [f"prompt {i}" for i in range(count)]
+        prompts = read_prompts(run.folder / "prompts.txt")  # older runs do not have one
+        prompts = prompts or read_prompts(LISTS / f"{run.args['prompts']}.txt")
         # spread over the list, as in the scripts' evaluate
         spread = np.linspace(0, len(prompts) - 1, count).astype(int)
         captions = [prompts[i][:24] for i in spread]
