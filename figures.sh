@@ -47,7 +47,7 @@ kl               ddpo_iskl          compress,incompress  1-3    60 --kl-coef 0.0
 kl               ddpo_iskl          compress,incompress  1-3    60 --kl-coef 0.03
 main_command_70  ddpo_iskl          compress             1-1    70
 group            ddpo_is_groups     compress,incompress  1-3    30 --lr 1e-4
-fresh            rwr,ddpo_iskl      compress,incompress  6-8    60
+fresh            rwr,ddpo_iskl,ddpo_sf  compress,incompress  6-8    60
 fresh            ddpo_is            compress,incompress  6-8    60 --lr 1e-4
 held_out         ddpo_is            compress,incompress  1-3    60 --lr 1e-4 --prompts results/held_out/trained_on.txt
 held_out         ddpo_iskl          compress,incompress  1-3    60 --prompts results/held_out/trained_on.txt
